@@ -1,0 +1,1 @@
+"""What a user trains: Hydra recipes and the demo (not part of the wheel)."""
