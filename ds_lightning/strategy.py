@@ -196,7 +196,8 @@ class DSSyncStrategy(DDPStrategy):
         # Lightning makes the iterator of a resumed epoch before it tells the sampler which epoch that is. Loader
         # workers then already fetch the order of epoch 0 (Lightning issue 21938).
         assert self.lightning_module is not None
-        _set_sampler_epoch(dataloader, self.lightning_module.trainer.fit_loop.epoch_progress.current.processed)
+        progress = self.lightning_module.trainer.fit_loop.epoch_progress.current
+        _set_sampler_epoch(dataloader, progress.processed)  # type: ignore[attr-defined]
         return super().process_dataloader(dataloader)
 
     # ---- training ---------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ Three phases, in these words everywhere: **pack** the tensors into a flat copy, 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import astuple, dataclass
 from functools import partial
 from itertools import chain
@@ -28,7 +28,7 @@ from torch.optim import Optimizer
 from ds_lightning.consensus import broadcast_from_rank_0, consensus_of, consensus_of_optimizer_state
 from ds_lightning.groups import ScheduledGroups
 from ds_lightning.schedule import make_schedule, positive_int
-from ds_lightning.wire import RunningAverage, as_wire_dtype, by_dtype, flatten, is_averaged, split
+from ds_lightning.wire import RunningAverage, as_real, as_wire_dtype, by_dtype, flatten, is_averaged, split
 
 T = TypeVar("T")
 
@@ -143,8 +143,8 @@ class DSSynchronizer:
                 packed = flatten(tensors)
                 self._launch(packed, dtype, partial(_add_to_buffers, self.module, dtype, packed))
         for name in self.average_optimizer_state:
-            for dtype, tensors in by_dtype(parameters):
-                self._launch_state(name, dtype, tensors)
+            for _, same in _same_dtype(parameters):
+                self._launch_state(name, same)
         self._synchronizations += 1
 
     @torch.no_grad()
@@ -186,20 +186,22 @@ class DSSynchronizer:
         members, group = self.groups.at(self.round)
         if not self.due or group is None:
             return
-        for dtype, parameters in by_dtype(p for p in _parameters(self.optimizer) if p.requires_grad):
+        for dtype, parameters in _same_dtype(p for p in _parameters(self.optimizer) if p.requires_grad):
             if any(p.grad is not None and p.grad.layout != torch.strided for p in parameters):
                 raise ValueError(
                     "average_gradients=True cannot average sparse gradients. HINT: use average_gradients=False"
                     " (parameters are averaged all the same), or sparse=False in the embedding."
                 )
-            own = flatten([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]).div_(scale)
+            gradients = [as_real(torch.zeros_like(p) if p.grad is None else p.grad) for p in parameters]
+            own = flatten(gradients).div_(scale)
             here = own.new_tensor([p.grad is not None for p in parameters])
             difference = self._average_now(torch.cat([own, here]), dtype)
-            averages = split((own + difference[: own.numel()]).mul_(scale), parameters)
+            averages = split((own + difference[: own.numel()]).mul_(scale), gradients)
             anywhere = (here + difference[own.numel() :]).tolist()
             for p, average, share in zip(parameters, averages, anywhere, strict=True):
                 if share > 0.5 / len(members):
-                    p.grad = average.to(dtype) if p.grad is None else p.grad.copy_(average)
+                    p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+                    as_real(p.grad).copy_(average)
 
     def _launch(self, flat: Tensor, wire: torch.dtype, apply: Callable[[Tensor], None]) -> None:
         members, group = self.groups.at(self.round)
@@ -216,7 +218,7 @@ class DSSynchronizer:
             self._finished.append(average)
         return difference
 
-    def _launch_state(self, name: str, dtype: torch.dtype, parameters: list[Tensor]) -> None:
+    def _launch_state(self, name: str, parameters: list[Tensor]) -> None:
         """Average the optimizer's state ``name`` over those members that have it (an unused parameter has none)."""
         states: list[Tensor | None] = [self.optimizer.state.get(p, {}).get(name) for p in parameters]
         if self.optimizer.state and not any(name in state for state in self.optimizer.state.values()):
@@ -231,17 +233,18 @@ class DSSynchronizer:
                     f"average_optimizer_state={self.average_optimizer_state!r}: {name!r} is not of its parameter's"
                     " shape and cannot be averaged value by value. HINT: name states such as 'exp_avg_sq'."
                 )
-        own = flatten([torch.zeros_like(p) if s is None else s for p, s in zip(parameters, states, strict=True)])
+        values = [as_real(torch.zeros_like(p) if s is None else s) for p, s in zip(parameters, states, strict=True)]
+        own = flatten(values)
         here = own.new_tensor([state is not None for state in states])
 
         def apply(difference: Tensor) -> None:
             shares = here + difference[own.numel() :]
-            averages = split(own + difference[: own.numel()], parameters)
-            for state, average, share in zip(states, averages, shares, strict=True):
+            averages = split(own + difference[: own.numel()], values)
+            for state, value, average, share in zip(states, values, averages, shares, strict=True):
                 if state is not None:
-                    state.copy_(average / share)
+                    value.copy_(average / share)
 
-        self._launch(torch.cat([own, here]), dtype if dtype == torch.float64 else torch.float32, apply)
+        self._launch(torch.cat([own, here]), own.dtype, apply)
 
     def _warn_once(self, message: str) -> None:
         if message not in self._warned and self.groups.rank == 0:
@@ -321,6 +324,14 @@ def check_state_names(names: Sequence[str]) -> tuple[str, ...]:
 
 def _parameters(optimizer: Optimizer) -> list[Tensor]:
     return list(chain.from_iterable(group["params"] for group in optimizer.param_groups))
+
+
+def _same_dtype(parameters: Iterable[Tensor]) -> list[tuple[torch.dtype, list[Tensor]]]:
+    """The parameters themselves by the dtype of their (real) values; :func:`by_dtype` gives detached views."""
+    result: dict[torch.dtype, list[Tensor]] = {}
+    for p in parameters:
+        result.setdefault(as_real(p).dtype, []).append(p)
+    return list(result.items())
 
 
 def _float_buffers(module: Module) -> list[Tensor]:

@@ -12,7 +12,7 @@ walks away. So only fp32 and fp64 are all-reduced; anything shorter is exchanged
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from ds_lightning.schedule import Group
+
+# torch 2.14 renamed it, and warns of the old name at every call.
+_all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 
 WIRE_DTYPES: dict[str, torch.dtype] = {
     "fp32": torch.float32,
@@ -124,7 +127,7 @@ class RunningAverage:
             self._own = self._codec.encode(padded)
             if shards == 1:
                 self._received = self._own.new_empty((self._size, self._own.shape[1]))
-                work = dist.all_gather_into_tensor(self._received, self._own, group=group, async_op=True)
+                work = _all_gather(self._received.view(-1), self._own.view(-1), group=group, async_op=True)
                 self.bytes_sent = self._own.nbytes
             else:
                 self._received = torch.empty_like(self._own)
@@ -148,7 +151,7 @@ class RunningAverage:
         rounded = self._codec.encode(mean)
         everyones = torch.empty_like(self._own)
         self._clock.wait_begins()
-        dist.all_gather_into_tensor(everyones, rounded, group=self._group)
+        _all_gather(everyones.view(-1), rounded.view(-1), group=self._group)
         self._clock.wait_ends()
         difference = self._codec.decode(everyones, dtype).sub_(self._codec.decode(self._own, dtype))
         # Rounding the mean of a shard moves all g copies of it: the owner takes g times the residual back.
@@ -179,7 +182,7 @@ def exact_mean_(flat: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     dist.all_to_all_single(received, raw, group=group)
     mean = received.view(flat.dtype).sum(0, dtype=torch.float64).div_(ranks).to(flat.dtype)
     everyones = torch.empty_like(padded)
-    dist.all_gather_into_tensor(everyones.view(torch.uint8), mean.view(1, -1).view(torch.uint8), group=group)
+    _all_gather(everyones.view(-1).view(torch.uint8), mean.view(torch.uint8), group=group)
     return flat.copy_(everyones.view(-1)[: flat.numel()])
 
 
@@ -204,12 +207,16 @@ def distinct(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 
 def by_dtype(tensors: Iterable[Tensor]) -> list[tuple[torch.dtype, list[Tensor]]]:
-    """Distinct tensors by dtype, in order of appearance; complex ones as views of twice as many reals."""
+    """Distinct tensors by dtype, in order of appearance, as reals."""
     result: dict[torch.dtype, list[Tensor]] = {}
     for t in distinct(tensors):
-        t = torch.view_as_real(t) if t.is_complex() else t
-        result.setdefault(t.dtype, []).append(t)
+        result.setdefault(as_real(t).dtype, []).append(as_real(t))
     return list(result.items())
+
+
+def as_real(tensor: Tensor) -> Tensor:
+    """A complex tensor as a view of twice as many reals."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 def flatten(tensors: Sequence[Tensor]) -> Tensor:

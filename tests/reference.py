@@ -19,6 +19,8 @@ class Reference:
         make_optimizer: Makes its optimizer.
         schedule: Gives W_t.
         overlap: Which of the two orders.
+        sync_every: Only every so manieth step mixes; the schedule counts those.
+        average_gradients: Whether W_t also mixes the gradients; a missing one counts as zero.
     """
 
     def __init__(
@@ -27,34 +29,44 @@ class Reference:
         make_optimizer: Callable[[nn.Module], Optimizer],
         schedule: Schedule,
         overlap: bool,
+        sync_every: int = 1,
+        average_gradients: bool = False,
     ) -> None:
         self.models = [make_model() for _ in range(schedule.world_size)]
         self.optimizers = [make_optimizer(model) for model in self.models]
         self.schedule = schedule
         self.overlap = overlap
+        self.sync_every = sync_every
+        self.average_gradients = average_gradients
         self.t = 0
 
-    def step(
-        self, backward: Callable[[nn.Module, int], object], update: Callable[[int], bool] = lambda _: True
-    ) -> None:
-        """One step: ``backward(model, rank)`` leaves gradients; ranks whose ``update(rank)`` is false do not step."""
-        w = torch.from_numpy(mixing_matrix(self.schedule, self.t))
+    def step(self, backward: Callable[[nn.Module, int], object], update: Callable[[int], object] | None = None) -> None:
+        """One step.
+
+        Args:
+            backward: ``backward(model, rank)`` leaves the rank's gradients.
+            update: ``update(rank)`` in the place of ``optimizer.step()``.
+        """
+        w = torch.eye(len(self.models), dtype=torch.float64)
+        if (self.t + 1) % self.sync_every == 0:
+            w = torch.from_numpy(mixing_matrix(self.schedule, self.t // self.sync_every))
         before = [x.double() for x in self._stacked()]
         for rank, (model, optimizer) in enumerate(zip(self.models, self.optimizers, strict=True)):
             optimizer.zero_grad()
             backward(model, rank)
+        if self.average_gradients:
+            self._mix_gradients(w)
         if self.overlap:
             self._add([mix(w, x) - x for x in before])
         for rank, optimizer in enumerate(self.optimizers):
-            if update(rank):
-                optimizer.step()
+            update(rank) if update else optimizer.step()
         if not self.overlap:
             self._add([mix(w, x.double()) - x.double() for x in self._stacked()])
         self.t += 1
 
     def flat(self, rank: int) -> Tensor:
         """All averaged values of one replica."""
-        return torch.cat([x.detach().flatten() for x in averaged(self.models[rank])])
+        return flat(self.models[rank])
 
     def _stacked(self) -> list[Tensor]:
         return [torch.stack([x.detach() for x in xs]) for xs in zip(*map(averaged, self.models), strict=True)]
@@ -64,6 +76,12 @@ class Reference:
         for xs, difference in zip(zip(*map(averaged, self.models), strict=True), differences, strict=True):
             for x, d in zip(xs, difference, strict=True):
                 x.copy_(x.double() + d)
+
+    def _mix_gradients(self, w: Tensor) -> None:
+        for ps in zip(*(model.parameters() for model in self.models), strict=True):
+            g = torch.stack([torch.zeros_like(p) if p.grad is None else p.grad for p in ps])
+            for p, mixed in zip(ps, mix(w, g.double()), strict=True):
+                p.grad = mixed.to(p.dtype)
 
 
 def mix(w: Tensor, x: Tensor) -> Tensor:
@@ -77,6 +95,11 @@ def averaged(model: nn.Module) -> Iterator[Tensor]:
     yield from (b for b in model.buffers() if b.is_floating_point())
 
 
+def flat(model: nn.Module) -> Tensor:
+    """All of them in one fp64 vector."""
+    return torch.cat([x.detach().flatten().double() for x in averaged(model)])
+
+
 def relative_error(x: Tensor, y: Tensor) -> float:
     """``|x - y| / |y|`` over all values."""
-    return float((x.double() - y.double()).norm() / y.double().norm())
+    return float((x - y).norm() / y.norm())

@@ -1,0 +1,254 @@
+"""Who meets whom: properties of the schedules, without torch and without processes."""
+
+import math
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ds_lightning.schedule import (
+    GridSchedule,
+    Schedule,
+    ShuffleSchedule,
+    auto_group_size,
+    check_schedule,
+    consensus_rate,
+    make_schedule,
+    mixing_matrix,
+    schedule_period,
+)
+
+
+@st.composite
+def worlds(draw, largest=200):
+    n = draw(st.integers(1, largest))
+    return n, draw(st.integers(min(2, n), n))
+
+
+def schedules(largest=200):
+    return st.builds(
+        lambda world, make: make(*world),
+        worlds(largest),
+        st.sampled_from([GridSchedule, ShuffleSchedule, lambda n, g: make_schedule("auto", n, g)]),
+    )
+
+
+class Pairs:
+    """A user's schedule without a `period`."""
+
+    world_size = 4
+
+    def partition(self, step):
+        return ((0, 1), (2, 3)) if step % 3 else ((0, 3), (1, 2))
+
+    def group(self, rank, step):
+        return next(g for g in self.partition(step) if rank in g)
+
+
+@given(schedules(), st.integers(0, 10**9))
+def test_every_partition_covers_each_rank_exactly_once(schedule, t):
+    assert sorted(r for group in schedule.partition(t) for r in group) == list(range(schedule.world_size))
+
+
+@given(schedules(), st.integers(0, 10**9))
+def test_group_agrees_with_partition(schedule, t):
+    groups = {r: group for group in schedule.partition(t) for r in group}
+    assert all(schedule.group(r, t) == groups[r] for r in range(schedule.world_size))
+    assert all(list(group) == sorted(group) for group in schedule.partition(t))
+
+
+@given(worlds(60), st.integers(0, 20))
+def test_grid_reaches_exact_consensus_after_any_k_steps(world, t):
+    schedule = GridSchedule(*world)
+    n, product = schedule.world_size, np.eye(schedule.world_size)
+    for i in range(schedule.period):
+        product = mixing_matrix(schedule, t + i) @ product
+    np.testing.assert_allclose(product, np.full((n, n), 1 / n), atol=1e-15)
+    assert consensus_rate(schedule) == 0.0
+
+
+@given(worlds())
+def test_grid_needs_no_more_groups_than_exact_ones_of_g_would(world):
+    n, g = world
+    schedule = GridSchedule(n, g)
+    assert math.prod(schedule.dims) == n
+    assert schedule.period == 1 or g ** (schedule.period - 1) < n
+    if n > 1 and math.isclose(math.log(n, g), round(math.log(n, g))):
+        assert set(schedule.dims) == {g}
+
+
+@given(worlds(80), st.integers(0, 100), st.integers(0, 100))
+def test_mixing_matrices_keep_the_mean(world, seed, t):
+    w = mixing_matrix(ShuffleSchedule(*world, seed), t)
+    assert w.dtype == np.float64
+    np.testing.assert_allclose(w.sum(0), 1)
+    np.testing.assert_allclose(w, w.T)
+
+
+@given(worlds(), st.integers(-(10**6), 10**6), st.integers(0, 100))
+def test_shuffle_sizes_differ_by_at_most_one_and_nobody_is_alone(world, seed, t):
+    n, g = world
+    sizes = [len(group) for group in ShuffleSchedule(n, g, seed).partition(t)]
+    assert max(sizes) - min(sizes) <= 1
+    assert min(sizes) >= min(n, 2)
+
+
+@settings(max_examples=30)
+@given(worlds(60), st.integers(0, 1000))
+def test_shuffle_agrees_in_the_end(world, seed):
+    assert consensus_rate(ShuffleSchedule(*world, seed)) < 1 - 1e-6
+
+
+@given(worlds(), st.integers(0, 1000))
+def test_shuffle_is_deterministic_in_its_seed_and_bounded(world, seed):
+    one, other = ShuffleSchedule(*world, seed), ShuffleSchedule(*world, seed)
+    partitions = {one.partition(t) for t in range(40)}
+    assert [one.partition(t) for t in range(40)] == [other.partition(t) for t in range(40)]
+    assert len(partitions) <= ShuffleSchedule.POOL_SIZE
+
+
+def test_shuffle_is_the_same_in_another_process():
+    code = "from ds_lightning.schedule import ShuffleSchedule as S; print(S(23, 3, 7).partition(5))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert out.stdout.strip() == str(ShuffleSchedule(23, 3, 7).partition(5))
+
+
+def test_seeds_differ():
+    assert len({ShuffleSchedule(32, 2, seed).partition(0) for seed in range(20)}) == 20
+
+
+def test_one_group_of_a_huge_world_is_fast():
+    for schedule in (GridSchedule(65536, 2), ShuffleSchedule(65536, 2)):
+        best = min(_seconds(lambda s=schedule: s.group(12345, 10**9)) for _ in range(20))
+        assert best < 5e-4, f"{schedule}: {best:.1e} s"
+
+
+def _seconds(call):
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def test_the_papers_experiment():
+    """4 workers, pairs: two steps give the mean (arXiv 2007.03298)."""
+    schedule = GridSchedule(4, 2)
+    assert schedule.period == 2
+    np.testing.assert_array_equal(mixing_matrix(schedule, 1) @ mixing_matrix(schedule, 0), np.full((4, 4), 0.25))
+
+
+def test_grid_lines_are_the_submeshes_of_a_device_mesh():
+    mesh = np.arange(12).reshape(GridSchedule(12, 4).dims)
+    assert GridSchedule(12, 4).partition(0) == tuple(map(tuple, mesh.T.tolist()))
+    assert GridSchedule(12, 4).partition(1) == tuple(map(tuple, mesh.tolist()))
+
+
+@pytest.mark.parametrize(("n", "expected"), [(1, 1), (2, 2), (3, 2), (8, 2), (9, 3), (16, 4), (64, 8), (100, 10)])
+def test_auto_group_size(n, expected):
+    assert auto_group_size(n) == expected
+
+
+@pytest.mark.parametrize(
+    ("n", "g", "kind"),
+    [(2, "auto", GridSchedule), (3, "auto", GridSchedule), (6, "auto", GridSchedule), (12, "auto", GridSchedule)]
+    + [(64, "auto", GridSchedule), (64, 16, GridSchedule), (8, 8, GridSchedule)]
+    + [(5, "auto", ShuffleSchedule), (7, 2, ShuffleSchedule), (127, "auto", ShuffleSchedule), (10, 2, ShuffleSchedule)],
+)
+def test_auto_takes_a_grid_where_factors_are_near_the_group_size(n, g, kind):
+    assert type(make_schedule("auto", n, g)) is kind
+
+
+@pytest.mark.parametrize(("n", "g", "dims"), [(16, 4, (4, 4)), (8, 4, (4, 2)), (64, 16, (16, 4)), (6, 2, (3, 2))])
+def test_grid_uses_the_group_size_where_it_divides(n, g, dims):
+    assert GridSchedule(n, g).dims == dims
+
+
+def test_a_users_schedule_needs_no_period():
+    assert isinstance(Pairs(), Schedule)
+    assert schedule_period(Pairs()) == 3
+    check_schedule(Pairs())
+    assert 0 <= consensus_rate(Pairs()) < 1
+
+
+def test_a_schedule_that_never_mixes_has_rate_one():
+    apart = Pairs()
+    apart.partition = lambda step: ((0, 1), (2, 3))
+    assert consensus_rate(apart) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("make", [GridSchedule, ShuffleSchedule])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((4, 0), r"group_size=0 is too small.*HINT: use 2 to 4"),
+        ((4, -1), "group_size=-1 is too small"),
+        ((4, 1), "group_size=1 is too small: a group of one averages nothing"),
+        ((4, 5), "group_size=5 is larger than the world size 4.*HINT: use 2 to 4"),
+        ((4, 2.0), "group_size=2.0 is not an int but a float.*HINT: use group_size=2"),
+        ((4, "2"), "group_size='2' is not an int but a str"),
+        ((4, True), "group_size=True is not an int but a bool"),
+        ((0, 2), "world_size=0 is too small"),
+    ],
+)
+def test_bad_sizes(make, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "message"),
+    [
+        ("gird", "schedule='gird' is unknown. HINT: use one of 'auto', 'grid', 'shuffle'"),
+        ("topology", "schedule='topology' is not implemented yet"),
+        (GridSchedule(8, 2), r"is for 8 ranks but the world size is 4. HINT"),
+        (object(), "is no schedule: it needs `world_size`"),
+    ],
+)
+def test_bad_schedules(schedule, message):
+    with pytest.raises(ValueError, match=message):
+        make_schedule(schedule, 4)
+
+
+@pytest.mark.parametrize(
+    ("partition", "message"),
+    [
+        (((0, 1), (1, 2, 3)), "rank 1 in two groups of step 0"),
+        (((0, 1), (2,)), r"leaves out ranks \[3\] at step 0"),
+        (((0, 1), (2, 4)), "rank 4 in group"),
+        (((0, 1), (2, 3.0)), "rank 3.0 in group"),
+    ],
+)
+def test_malformed_partitions(partition, message):
+    bad = Pairs()
+    bad.partition = lambda step: partition
+    with pytest.raises(ValueError, match=message):
+        check_schedule(bad)
+
+
+def test_a_schedule_that_contradicts_itself():
+    bad = Pairs()
+    bad.group = lambda rank, step: (0, 1)
+    with pytest.raises(ValueError, match="contradicts itself at step 0"):
+        check_schedule(bad)
+
+
+def test_a_schedule_that_never_repeats():
+    endless = Pairs()
+    endless.partition = lambda step: ((0, 1), (2, 3)) if step % 300 else ((0, 3), (1, 2))
+    with pytest.raises(ValueError, match="does not repeat within 256 steps"):
+        schedule_period(endless)
+
+
+@pytest.mark.parametrize("rank", [-1, 4])
+def test_ranks_outside_the_world(rank):
+    for schedule in (GridSchedule(4, 2), ShuffleSchedule(4, 2)):
+        with pytest.raises(ValueError, match="outside the world"):
+            schedule.group(rank, 0)
+
+
+def test_the_module_is_pure_python():
+    code = "import sys, types; sys.modules['torch'] = None; sys.path.insert(0, 'ds_lightning'); import schedule"
+    subprocess.run([sys.executable, "-c", code], timeout=60, check=True)
