@@ -117,10 +117,11 @@ def demo(args: argparse.Namespace) -> None:
     add("wall time of training (s)", {s: f"{r['train/seconds']:.1f}" for s, r in results.items()})
     add("consensus distance", {s: f"{r['distance']:.4f}" for s, r in results.items()})
     console.print(table)
-    console.print(
-        "ddp's bytes are computed (ring all-reduce of the gradients, broadcast of the buffers), dssync's are counted;\n"
-        "ddp's consensus distance is 0 by construction, dssync's is the last one logged in training.\n"
-        f"{args.workers} workers share this machine's processor, so the wall times say nothing about a network."
+    print(
+        "Bytes: ddp's are computed (ring all-reduce of gradients, broadcast of buffers),\n"
+        "dssync's are counted; what validation and monitoring add is in neither.\n"
+        "Consensus distance: ddp's is 0 by construction, dssync's the last of training.\n"
+        "Wall time: the workers share this machine; it says nothing about a network.\n"
     )
     picture = args.output / "demo.png"
     plot(folders, picture)
@@ -133,6 +134,7 @@ def plot(folders: dict[str, Path], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure.get_layout_engine().set(wspace=0.08)
     panels = [("train/loss", "training loss (mean of the epoch)"), ("val/accuracy", "validation accuracy")]
     for axis, (metric, label) in zip(axes, panels, strict=True):
         for (strategy, folder), style in zip(folders.items(), ("o-", "s--"), strict=True):

@@ -21,7 +21,7 @@ def progress(leave: bool = False) -> Callback:
 class EpochLines(Callback):
     """Prints one line per epoch: the step and those metrics of the epoch that are there."""
 
-    shown = ("train/seconds", "train/loss", "val/loss", "val/accuracy")
+    shown = ("train/loss", "val/loss", "val/accuracy")
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

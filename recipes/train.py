@@ -14,17 +14,19 @@ from pathlib import Path
 import hydra
 import torch
 from hydra.utils import instantiate
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import ProgressBar
 from omegaconf import DictConfig
 
 import ds_lightning  # noqa: F401  (registers the strategy names)
 
 # Lightning cannot know that our evaluation shards are exact, nor that 0 loader workers are right for data in memory;
-# the third is between Lightning and newer torch.
+# the others are between Lightning or ds_lightning and newer torch.
 EXPECTED_WARNINGS = (
     "Using `DistributedSampler` with the dataloaders",
     "The '.*_dataloader' does not have many workers",
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+    "`torch.distributed.all_gather_into_tensor` is deprecated",
 )
 
 
@@ -42,10 +44,13 @@ def train(cfg: DictConfig) -> dict[str, float]:
     seed_everything(cfg.seed, workers=True, verbose=False)
     data: LightningDataModule = instantiate(cfg.data)
     model: LightningModule = instantiate(cfg.model)
+    callbacks: list[Callback] = [instantiate(callback) for callback in (cfg.callbacks or {}).values() if callback]
     trainer: Trainer = instantiate(
         cfg.trainer,
-        callbacks=[instantiate(callback) for callback in (cfg.callbacks or {}).values() if callback],
+        callbacks=callbacks,
         logger=instantiate(cfg.logger) if cfg.logger else False,
+        # Else Lightning adds a bar of its own.
+        enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),
     )
     trainer.fit(model, data, ckpt_path=cfg.ckpt_path)
     results = {name: float(value) for name, value in trainer.callback_metrics.items()}

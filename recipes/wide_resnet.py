@@ -118,7 +118,7 @@ class ImageClassifier(LightningModule):
 
     @override
     def on_train_epoch_end(self) -> None:
-        self.log("train/seconds", time.perf_counter() - self.start)
+        self.log("train/seconds", time.perf_counter() - self.start, sync_dist=True)
 
     @override
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
