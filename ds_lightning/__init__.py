@@ -1,1 +1,17 @@
-"""Divide-and-Shuffle Synchronization (DS-Sync, arXiv 2007.03298) for PyTorch Lightning."""
+"""Divide-and-Shuffle Synchronization (DS-Sync, arXiv 2007.03298) for PyTorch Lightning.
+
+Importing this package registers the strategies ``dssync``, ``dssync_spawn``, ``dssync_fork`` and ``dssync_notebook``.
+"""
+
+from lightning.pytorch.strategies import StrategyRegistry
+
+from ds_lightning.callbacks import ConsensusMonitor as ConsensusMonitor
+from ds_lightning.schedule import GridSchedule as GridSchedule
+from ds_lightning.schedule import Schedule as Schedule
+from ds_lightning.schedule import ShuffleSchedule as ShuffleSchedule
+from ds_lightning.schedule import consensus_rate as consensus_rate
+from ds_lightning.schedule import mixing_matrix as mixing_matrix
+from ds_lightning.strategy import DSSyncStrategy as DSSyncStrategy
+from ds_lightning.synchronizer import DSSynchronizer as DSSynchronizer
+
+DSSyncStrategy.register_strategies(StrategyRegistry)

@@ -1,0 +1,108 @@
+"""The process groups of a schedule: all made once, before training, in the same order on every rank."""
+
+from __future__ import annotations
+
+import hashlib
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from ds_lightning.schedule import Group, Schedule, check_schedule, schedule_period
+
+
+class ScheduledGroups:
+    """The process group in which this rank averages at every round of a schedule.
+
+    A *round* counts synchronizations; it is the schedule's step. A rank belongs to at most log_g(N) groups of a grid
+    (rounded up) and ``ShuffleSchedule.POOL_SIZE`` of a shuffle. Nothing is made after the constructor, so training
+    never waits for a rendezvous and the number of communicators (GPU memory) is bounded.
+
+    Args:
+        schedule: Who averages with whom; must be the same on all ranks.
+        timeout: How long a collective of these groups may take before it is an error. ``new_group`` does not inherit
+            the default group's; ``None`` is torch's default for the backend.
+        backend: Backend of the groups; ``None`` is the default group's.
+
+    Raises:
+        ValueError: On every rank alike, if the schedule is malformed on any rank, or ranks have different ones.
+        RuntimeError: If there is no default process group yet.
+    """
+
+    def __init__(self, schedule: Schedule, timeout: timedelta | None = None, backend: str | None = None) -> None:
+        if not dist.is_initialized():
+            raise RuntimeError(
+                "ScheduledGroups needs a process group. HINT: call torch.distributed.init_process_group."
+            )
+        self.schedule = schedule
+        self.rank = dist.get_rank()
+        self.timeout = timeout
+        error, period, table = None, 1, []
+        try:
+            if schedule.world_size != dist.get_world_size():
+                raise ValueError(
+                    f"schedule={schedule!r} is for {schedule.world_size} ranks but the world size is"
+                    f" {dist.get_world_size()}. HINT: make it for {dist.get_world_size()} ranks."
+                )
+            check_schedule(schedule)
+            period = schedule_period(schedule)
+            table = [schedule.partition(t) for t in range(period)]
+        except Exception as e:  # whatever a user's schedule raises on one rank must end all ranks alike
+            error = f"{e}" if isinstance(e, ValueError) else f"{type(e).__name__}: {e}"
+        require_agreement("the schedule's partitions", [[sorted(g) for g in p] for p in table], error)
+        self.period = period
+
+        # Every rank makes every group, in the order of steps: `new_group` is collective over all ranks. (Its local mode
+        # names groups by a count that differs between ranks as soon as one of them belongs to fewer groups, and hangs.)
+        mine: dict[Group, dist.ProcessGroup | None] = {}
+        seen: set[Group] = set()
+        for partition in table:
+            for members in (tuple(sorted(group)) for group in partition):
+                if len(members) > 1 and members not in seen:
+                    seen.add(members)
+                    group = dist.new_group(list(members), timeout=timeout, backend=backend)
+                    if isinstance(group, dist.ProcessGroup):  # else this rank is no member
+                        mine[members] = group
+        own = [tuple(sorted(schedule.group(self.rank, t))) for t in range(period)]
+        self._groups = [(members, mine.get(members)) for members in own]
+
+    def at(self, round_: int) -> tuple[Group, dist.ProcessGroup | None]:
+        """The ranks that this rank averages with at ``round_``, and their process group (``None`` when it is alone)."""
+        return self._groups[round_ % self.period]
+
+    def __len__(self) -> int:
+        """Number of process groups that this rank belongs to."""
+        return len({members for members, group in self._groups if group is not None})
+
+
+def require_agreement(what: str, value: object, error: str | None = None) -> None:
+    """Raise the same ``ValueError`` on every rank unless all ranks have the same ``value`` and no ``error``.
+
+    Args:
+        what: What is compared, for the message.
+        value: Compared by its ``repr``; only a digest travels unless ranks differ.
+        error: What this rank alone may have found wrong.
+    """
+    mine = (hashlib.sha256(repr(value).encode()).hexdigest(), error)
+    everyones: list[tuple[str, str | None]] = [mine] * dist.get_world_size()
+    dist.all_gather_object(everyones, mine)
+    if errors := {rank: e for rank, (_, e) in enumerate(everyones) if e is not None}:
+        first = min(errors)
+        where = "on every rank" if len(errors) == len(everyones) else f"on ranks {sorted(errors)}"
+        raise ValueError(f"{errors[first]} (found {where})")
+    digests = [digest for digest, _ in everyones]
+    if len(set(digests)) > 1:
+        odd = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+        values: list[str] = [""] * len(everyones)
+        dist.all_gather_object(values, repr(value))
+        raise ValueError(
+            f"Ranks do not agree on {what}: rank {odd[0]} differs from rank 0"
+            f" ({_difference(values[odd[0]], values[0])}); ranks that differ from rank 0: {odd}."
+            " HINT: build it from the same arguments and seed on every rank."
+        )
+
+
+def _difference(one: str, other: str) -> str:
+    """The first place where two texts part, with a little around it."""
+    at = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    start = max(0, at - 40)
+    return f"...{one[start : at + 60]!r}... against ...{other[start : at + 60]!r}..."

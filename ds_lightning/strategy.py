@@ -1,0 +1,440 @@
+"""WHEN replicas are averaged: Lightning's face of the synchronizer. The only file that knows Lightning's strategies."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.fabric.strategies.registry import _StrategyRegistry
+from lightning.fabric.utilities.data import _set_sampler_epoch
+from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.strategies import DDPStrategy
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from torch.nn import Module, SyncBatchNorm
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import LBFGS, Optimizer
+from typing_extensions import override
+
+from ds_lightning.consensus import broadcast_from_rank_0, consensus_of, consensus_of_optimizer_state
+from ds_lightning.groups import ScheduledGroups, require_agreement
+from ds_lightning.schedule import (
+    Schedule,
+    as_int,
+    check_schedule_name,
+    consensus_rate,
+    make_schedule,
+    positive_int,
+)
+from ds_lightning.synchronizer import DSSynchronizer, Statistics, check_state_names
+from ds_lightning.wire import as_wire_dtype
+
+CHECKPOINT_KEY = "ds_lightning"
+
+# What DDPStrategy takes to change how gradients travel, which is what this strategy replaces.
+_REPLACED = ("ddp_comm_hook", "ddp_comm_state", "ddp_comm_wrapper", "model_averaging_period")
+
+
+class DSSyncStrategy(DDPStrategy):
+    """Data-parallel training by Divide-and-Shuffle Synchronization (DS-Sync, arXiv 2007.03298).
+
+    Each rank steps on its own gradient, then the ranks average their parameters and float buffers inside small groups
+    that are others at every step. No gradient is all-reduced. Before validation, test and checkpoints, and at the end
+    of fit, all replicas become the exact global average, so that metrics and files are those of one model.
+
+    Use it in the place of ``"ddp"``: ``Trainer(strategy="dssync")``. Every rank must take the same number of optimizer
+    steps; whether a step was skipped or a parameter unused there does not matter.
+
+    Args:
+        group_size: Ranks per group, 2 to the world size; ``"auto"``: 2 up to 8 ranks, about sqrt(N) beyond.
+        schedule: ``"grid"`` (exact consensus after k steps), ``"shuffle"`` (random groups, any N), ``"auto"`` (a grid
+            where the world size factors into groups near ``group_size``, else a shuffle), or a
+            :class:`~ds_lightning.schedule.Schedule`.
+        overlap: Average while forward and backward run: ``X <- W X - lr U``. ``False`` is the paper's order, after the
+            optimizer step: ``X <- W (X - lr U)``; better beyond 16 ranks with small groups.
+        sync_every: Optimizer steps between synchronizations.
+        wire_dtype: dtype in which parameters are sent: ``None`` (as stored), ``"bf16"``, ``"fp16"``, ``"int8"``
+            (per-block scales), ``"fp32"``, or the torch dtype. The mean over ranks keeps full precision at any.
+        average_gradients: Average gradients inside the group as well, before clipping. It adds the gradients' bytes;
+            it helps on non-IID data and at many ranks.
+        average_optimizer_state: Names of optimizer states to average with the parameters, such as ``("exp_avg_sq",)``
+            for Adam on non-IID data.
+        seed: Seed of random schedules; the same on all ranks.
+        **ddp_kwargs: What :class:`~lightning.pytorch.strategies.DDPStrategy` takes besides: ``start_method``,
+            ``timeout`` (also of every group), ``process_group_backend``, ``cluster_environment`` and so on. Options of
+            ``DistributedDataParallel`` itself have nothing to act on here and warn.
+
+    Raises:
+        ValueError: For a bad option; on all ranks alike, and before any process group exists wherever ranks cannot
+            differ. Ranks whose models, schedules or options differ are told so after the first rendezvous.
+    """
+
+    def __init__(
+        self,
+        *,
+        group_size: int | str = "auto",
+        schedule: str | Schedule = "auto",
+        overlap: bool = True,
+        sync_every: int = 1,
+        wire_dtype: str | torch.dtype | None = None,
+        average_gradients: bool = False,
+        average_optimizer_state: Sequence[str] = (),
+        seed: int = 0,
+        **ddp_kwargs: Any,
+    ) -> None:
+        _check_ddp_kwargs(ddp_kwargs)
+        super().__init__(**ddp_kwargs)
+        self.group_size = group_size if group_size == "auto" else _check_group_size(group_size)
+        if isinstance(schedule, str):
+            check_schedule_name(schedule)
+        self.schedule = schedule
+        self.overlap = _check_bool("overlap", overlap)
+        self.sync_every = positive_int("sync_every", sync_every)
+        self.wire_dtype = as_wire_dtype(wire_dtype)
+        self.average_gradients = _check_bool("average_gradients", average_gradients)
+        self.average_optimizer_state = check_state_names(average_optimizer_state)
+        self.seed = as_int("seed", seed)
+        self.synchronizers: list[DSSynchronizer] = []
+        self._schedule: Schedule | None = None  # the one in use, once the world size is known
+        self._groups: ScheduledGroups | None = None
+        self._positions: list[dict[str, int]] = []  # in the schedule, per optimizer: of a checkpoint or an earlier fit
+        self._no_loss = False
+        self.timed = False  # set by ConsensusMonitor: only then is the time of averages taken
+
+    # ---- set-up -----------------------------------------------------------------------------------------------------
+
+    @override
+    def setup_distributed(self) -> None:
+        self.set_world_ranks()
+        if self.world_size > 1:  # raises on every rank alike, before any of them waits for another
+            self._schedule = self._make_schedule()
+        super().setup_distributed()
+
+    @override
+    def configure_ddp(self) -> None:
+        """In the place of wrapping the module into DDP: nothing reduces gradients, nothing broadcasts buffers."""
+        module = self.lightning_module
+        assert module is not None
+        if self.world_size == 1:
+            rank_zero_info("dssync: the world size is 1, so there is nothing to synchronize.")
+            return
+        assert self._schedule is not None
+        require_agreement(
+            "the strategy's options",
+            {
+                "group_size": self.group_size,
+                "overlap": self.overlap,
+                "sync_every": self.sync_every,
+                "wire_dtype": self.wire_dtype,
+                "average_gradients": self.average_gradients,
+                "average_optimizer_state": self.average_optimizer_state,
+            },
+        )
+        broadcast_from_rank_0(module)
+        if self._groups is None:
+            self._groups = ScheduledGroups(self._schedule, self._timeout)
+            rank_zero_info(f"dssync: {_describe(self._schedule, self._groups.period)}.")
+        if any(isinstance(m, SyncBatchNorm) for m in module.modules()):
+            rank_zero_warn(
+                "dssync: SyncBatchNorm exchanges statistics among all ranks in every forward pass. Training is correct"
+                " but waits for the slowest link again. HINT: use BatchNorm (its statistics are averaged with the"
+                " parameters) or GroupNorm."
+            )
+
+    @override
+    def setup_optimizers(self, trainer: pl.Trainer) -> None:
+        super().setup_optimizers(trainer)
+        self._positions = [s.state_dict() for s in self.synchronizers] or self._positions
+        self.synchronizers = []
+        if self.average_gradients and any(isinstance(o, LBFGS) for o in self.optimizers):
+            raise ValueError(
+                "average_gradients=True cannot be used with LBFGS: ranks evaluate their closures unequally often, so"
+                " they would wait for each other forever. HINT: use average_gradients=False."
+            )
+
+    def _make_schedule(self) -> Schedule:
+        schedule = make_schedule(self.schedule, self.world_size, self.group_size, self.seed)
+        if schedule is self.schedule and self.group_size != "auto":
+            rank_zero_warn(f"dssync: group_size={self.group_size} has no effect: {schedule!r} decides.")
+        if self.schedule == "grid" and max(dims := getattr(schedule, "dims", (0,))) > 2 * schedule.group_size:  # type: ignore[attr-defined]
+            rank_zero_warn(
+                f"dssync: {self.world_size} ranks have no grid of groups near group_size={self.group_size}; groups are"
+                f" of {' and '.join(map(str, dims))}. HINT: use schedule='shuffle' or another number of ranks."
+            )
+        return schedule
+
+    def _synchronizer(self, optimizer: Optimizer) -> DSSynchronizer:
+        """The synchronizer of an optimizer, made at its first step (a callback may replace optimizers at any time)."""
+        for synchronizer in self.synchronizers:
+            if synchronizer.optimizer is optimizer:
+                return synchronizer
+        assert self.lightning_module is not None
+        index = next((i for i, o in enumerate(self.optimizers) if o is optimizer), len(self.synchronizers))
+        synchronizer = DSSynchronizer(
+            self.lightning_module,
+            optimizer,
+            self._groups,
+            sync_every=self.sync_every,
+            wire_dtype=self.wire_dtype,
+            average_optimizer_state=self.average_optimizer_state,
+            buffers=not self.synchronizers,
+            broadcast=False,
+        )
+        if index < len(self._positions):
+            synchronizer.load_state_dict(self._positions[index])
+        synchronizer.timed = self.timed
+        self.synchronizers.append(synchronizer)
+        return synchronizer
+
+    @override
+    def process_dataloader(self, dataloader: object) -> object:
+        # Lightning makes the iterator of a resumed epoch before it tells the sampler which epoch that is. Loader
+        # workers then already fetch the order of epoch 0 (Lightning issue 21938).
+        assert self.lightning_module is not None
+        _set_sampler_epoch(dataloader, self.lightning_module.trainer.fit_loop.epoch_progress.current.processed)
+        return super().process_dataloader(dataloader)
+
+    # ---- training ---------------------------------------------------------------------------------------------------
+
+    @override
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().training_step(*args, **kwargs)
+        assert self.lightning_module is not None
+        self._no_loss = output is None and self.lightning_module.automatic_optimization and self._groups is not None
+        if self._no_loss:
+            # Lightning refuses None in distributed training because DDP would wait for this rank's gradients. Nobody
+            # does here. Backward through a tensor of its own leaves the gradients as if backward had not run.
+            return torch.full((), torch.nan, device=self.root_device, requires_grad=True)
+        return output
+
+    @override
+    def optimizer_step(
+        self,
+        optimizer: Optimizer,
+        closure: Callable[[], Any],
+        model: pl.LightningModule | Module | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if self._groups is None:
+            return super().optimizer_step(optimizer, closure, model, **kwargs)
+        synchronizer = self._synchronizer(optimizer)
+        after_first_closure: list[Callable[[], None]] = []
+        if self.average_gradients:
+            after_first_closure.append(lambda: synchronizer.average_gradients(self._loss_scale()))
+        if self.overlap:
+            synchronizer.start()
+            after_first_closure.append(synchronizer.finish)
+
+        def synchronized_closure() -> Any:
+            # Forward and backward have run; clipping and the update come next. LBFGS calls a closure again: then this
+            # step's average has been added already.
+            loss = closure()
+            while after_first_closure:
+                after_first_closure.pop(0)()
+            # A GradScaler must not look for gradients to unscale where there was no backward.
+            return None if self._no_loss and self._scaler is not None else loss
+
+        output = super().optimizer_step(optimizer, synchronized_closure, model, **kwargs)
+        while after_first_closure:  # an optimizer that never calls its closure
+            after_first_closure.pop(0)()
+        if not self.overlap:
+            synchronizer.synchronize()
+        return output
+
+    @property
+    def _scaler(self) -> torch.amp.GradScaler | None:
+        return getattr(self.precision_plugin, "scaler", None)
+
+    def _loss_scale(self) -> float:
+        return 1.0 if self._scaler is None else float(self._scaler.get_scale())
+
+    @property
+    def statistics(self) -> Statistics:
+        """What synchronization cost this rank since fit began, over all optimizers."""
+        return sum((s.statistics for s in self.synchronizers), Statistics(0, 0, 0.0, 0.0))
+
+    @override
+    def on_exception(self, exception: BaseException) -> None:
+        for synchronizer in self.synchronizers:
+            synchronizer.discard()
+        super().on_exception(exception)
+
+    # ---- consensus points -------------------------------------------------------------------------------------------
+
+    @override
+    def on_validation_start(self) -> None:
+        super().on_validation_start()
+        self.consensus()
+
+    @override
+    def on_test_start(self) -> None:
+        super().on_test_start()
+        self.consensus()
+
+    @override
+    def on_train_end(self) -> None:
+        super().on_train_end()
+        self.consensus()
+
+    def consensus(self) -> None:
+        """Make every replica the exact global average of parameters and float buffers. Collective over all ranks.
+
+        The strategy does it before validation, test and checkpoints and at the end of fit; call it in a callback of
+        yours, on all ranks, before anything else that looks at *the* model. No more than a no-op at world size 1.
+        """
+        if self._groups is None:
+            return
+        assert self.lightning_module is not None
+        consensus_of([self.lightning_module, *self._averaged_models()])
+        for synchronizer in self.synchronizers:
+            synchronizer.forget_sent()
+        self._warn_of_different_learning_rates()
+
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The first thing that a checkpoint reads, on all ranks: here they become what the file will hold."""
+        if self._groups is not None and dist.is_initialized():
+            self.consensus()
+            for optimizer in self.optimizers:
+                consensus_of_optimizer_state(optimizer)
+            self._adopt_rank_0s_settings()
+        return super().lightning_module_state_dict()
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        if self._groups is not None:
+            checkpoint[CHECKPOINT_KEY] = {
+                "world_size": self.world_size,
+                "schedule": repr(self._groups.schedule),
+                "positions": [self._synchronizer(optimizer).state_dict() for optimizer in self.optimizers],
+            }
+        super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
+
+    @override
+    def load_optimizer_state_dict(self, checkpoint: Any) -> None:
+        super().load_optimizer_state_dict(checkpoint)
+        saved = checkpoint.get(CHECKPOINT_KEY)
+        if saved is None or self._groups is None:
+            return
+        self._positions, self.synchronizers = list(saved["positions"]), []
+        now = repr(self._groups.schedule)
+        if (saved["world_size"], saved["schedule"]) != (self.world_size, now):
+            rank_zero_info(
+                f"dssync: resuming on {self.world_size} ranks with {now} a checkpoint of {saved['world_size']} ranks"
+                f" with {saved['schedule']}; the schedule goes on at the same step."
+            )
+
+    def _averaged_models(self) -> list[Module]:
+        """Models that Lightning's averaging callbacks derive from each rank's own replica."""
+        assert self.lightning_module is not None
+        callbacks: list[Callback] = self.lightning_module.trainer.callbacks  # type: ignore[attr-defined]
+        models = [c._average_model for c in callbacks if isinstance(c, WeightAveraging | StochasticWeightAveraging)]
+        return [model for model in models if model is not None]
+
+    def _adopt_rank_0s_settings(self) -> None:
+        """Learning rates, schedulers and loss scale as the file will have them: those of rank 0, the smallest scale."""
+        mine = (
+            [{k: _on_cpu(v) for k, v in g.items() if k != "params"} for o in self.optimizers for g in o.param_groups],
+            [config.scheduler.state_dict() for config in self.lr_scheduler_configs],
+        )
+        settings = [mine]
+        dist.broadcast_object_list(settings, src=0)
+        groups = [group for o in self.optimizers for group in o.param_groups]
+        for group, values in zip(groups, settings[0][0], strict=True):
+            for name, value in values.items():
+                if isinstance(group.get(name), Tensor):
+                    group[name].copy_(value)
+                else:
+                    group[name] = value
+        for config, state in zip(self.lr_scheduler_configs, settings[0][1], strict=True):
+            config.scheduler.load_state_dict(state)
+        if self._scaler is not None:
+            states = [self._scaler.state_dict()] * self.world_size
+            dist.all_gather_object(states, self._scaler.state_dict())
+            self._scaler.load_state_dict(min(states, key=lambda state: float(state.get("scale", 0.0))))
+
+    def _warn_of_different_learning_rates(self) -> None:
+        rates = [float(group["lr"]) for o in self.optimizers for group in o.param_groups if "lr" in group]
+        everyones = [rates] * self.world_size
+        dist.all_gather_object(everyones, rates)
+        if any(rates != everyones[0] for rates in everyones):
+            rank_zero_warn(
+                f"dssync: ranks have different learning rates {everyones}: a scheduler follows its own rank's metric."
+                " HINT: log the metric with sync_dist=True. The next checkpoint gives all ranks those of rank 0."
+            )
+
+    # ---- Lightning's registry ---------------------------------------------------------------------------------------
+
+    @classmethod
+    @override
+    def register_strategies(cls, strategy_registry: _StrategyRegistry) -> None:
+        methods = {"dssync": "popen", "dssync_spawn": "spawn", "dssync_fork": "fork", "dssync_notebook": "fork"}
+        for name, start_method in methods.items():
+            if name not in strategy_registry:  # importing the package a second time must not fail
+                strategy_registry.register(
+                    name,
+                    cls,
+                    description=f"Divide-and-Shuffle Synchronization with `start_method` '{start_method}'",
+                    start_method=start_method,
+                )
+
+
+def _on_cpu(value: Any) -> Any:
+    return value.cpu() if isinstance(value, Tensor) else value
+
+
+def _describe(schedule: Schedule, period: int) -> str:
+    sizes = sorted({len(group) for t in range(period) for group in schedule.partition(t)})
+    groups = f"groups of {' and '.join(map(str, sizes))}"
+    if schedule.world_size > 1024:
+        return f"{schedule!r}, {groups}"  # the matrices would take gigabytes
+    rate = consensus_rate(schedule)
+    steps = "step" if period == 1 else "steps"
+    reached = f"exact consensus after {period} {steps}" if rate == 0 else f"consensus rate {rate:.3f} per step"
+    return f"{schedule!r}, {groups}, {reached}"
+
+
+def _check_ddp_kwargs(ddp_kwargs: dict[str, Any]) -> None:
+    if given := [name for name in _REPLACED if ddp_kwargs.get(name) is not None]:
+        raise ValueError(
+            f"{given[0]}={ddp_kwargs[given[0]]!r} cannot be used with DSSyncStrategy, which averages parameters in the"
+            " place of DDP's gradients. HINT: for fewer bytes use wire_dtype, for averages further apart sync_every,"
+            " or use Lightning's DDPStrategy."
+        )
+    strategy = set(inspect.signature(DDPStrategy.__init__).parameters) - {"self", "kwargs"}
+    module = set(inspect.signature(DistributedDataParallel.__init__).parameters) - {"self", "module"}
+    if idle := sorted(module & set(ddp_kwargs)):
+        rank_zero_warn(
+            f"dssync: {', '.join(idle)} of DistributedDataParallel {'has' if len(idle) == 1 else 'have'} no effect:"
+            " gradients stay local, so nothing is wrapped. Unused parameters need no option."
+        )
+    own = set(inspect.signature(DSSyncStrategy.__init__).parameters) - {"self", "ddp_kwargs"}
+    if unknown := sorted(set(ddp_kwargs) - strategy - module):
+        close = get_close_matches(unknown[0], sorted(own | strategy), n=1)
+        raise ValueError(
+            f"{unknown[0]}={ddp_kwargs[unknown[0]]!r} is no option of DSSyncStrategy or DDPStrategy. HINT: "
+            + (f"did you mean {close[0]!r}?" if close else f"its own options are {', '.join(sorted(own))}.")
+        )
+
+
+def _check_group_size(group_size: Any) -> int:
+    """What can be said before the world size is known."""
+    if isinstance(group_size, str):
+        raise ValueError(
+            f"group_size={group_size!r} is neither an int nor 'auto'. HINT: use 'auto' or 2 to world size."
+        )
+    size = as_int("group_size", group_size)
+    if size < 1:
+        raise ValueError(f"group_size={size} is too small: groups have members. HINT: use 2 or more, or 'auto'.")
+    return size
+
+
+def _check_bool(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}={value!r} is not a bool. HINT: use {name}=True or {name}=False.")
+    return value
