@@ -44,11 +44,11 @@ def train(cfg: DictConfig) -> dict[str, float]:
     seed_everything(cfg.seed, workers=True, verbose=False)
     data: LightningDataModule = instantiate(cfg.data)
     model: LightningModule = instantiate(cfg.model)
-    callbacks: list[Callback] = [instantiate(callback) for callback in (cfg.callbacks or {}).values() if callback]
+    callbacks: list[Callback] = [instantiate(callback) for callback in (cfg.get("callbacks") or {}).values() if callback]
     trainer: Trainer = instantiate(
         cfg.trainer,
         callbacks=callbacks,
-        logger=instantiate(cfg.logger) if cfg.logger else False,
+        logger=instantiate(cfg.logger) if cfg.get("logger") else False,
         # Else Lightning adds a bar of its own.
         enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),
     )

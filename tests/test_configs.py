@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import json
 import subprocess
 import sys
@@ -12,19 +13,18 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.errors import ConfigCompositionException
 from hydra.utils import instantiate
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from omegaconf import DictConfig, OmegaConf
 
 import ds_lightning
+from recipes.wide_resnet import ImageClassifier
 
 ROOT = Path(__file__).resolve().parents[1]
 CONF = ROOT / "conf"
 RECIPES = sorted(path.stem for path in (CONF / "recipe").glob("*.yaml"))
 DATA = ("digits", "cifar10", "cifar100", "imagenet")
-DSSYNC = hasattr(ds_lightning, "DSSyncStrategy")
-needs_dssync = pytest.mark.skipif(not DSSYNC, reason="ds_lightning has no DSSyncStrategy yet")
-STRATEGIES = ("ddp", pytest.param("dssync", marks=needs_dssync))
+STRATEGIES = ("ddp", "dssync")
 
 
 def composed(*overrides: str) -> DictConfig:
@@ -52,7 +52,7 @@ def test_every_recipe_and_data_set_instantiate(data):
     )
     assert isinstance(instantiate(cfg.data), LightningDataModule)
     model = instantiate(cfg.model)
-    assert isinstance(model, LightningModule)
+    assert isinstance(model, ImageClassifier)
     assert model.configure_optimizers()["optimizer"].param_groups[0]["lr"] == 0.1
     assert OmegaConf.missing_keys(cfg) == set()
 
@@ -94,7 +94,7 @@ def test_every_logger_composes_and_instantiates(logger, tmp_path):
         assert str(tmp_path) in instantiate(cfg.logger).log_dir
 
 
-@pytest.mark.parametrize("callbacks", ["default", pytest.param("consensus", marks=needs_dssync)])
+@pytest.mark.parametrize("callbacks", ["default", "consensus"])
 def test_every_callback_instantiates(callbacks, tmp_path):
     cfg = digits(f"callbacks={callbacks}", f"output_dir='{tmp_path}'")
     assert all(instantiate(callback) for callback in cfg.callbacks.values())
@@ -119,10 +119,7 @@ def test_every_option_of_dssync_is_an_override():
     assert cfg.trainer.strategy._target_ == "ds_lightning.DSSyncStrategy"
 
 
-@needs_dssync
 def test_options_of_dssync_have_the_strategys_own_defaults():
-    import inspect
-
     defaults = {
         name: list(parameter.default) if isinstance(parameter.default, tuple) else parameter.default
         for name, parameter in inspect.signature(ds_lightning.DSSyncStrategy).parameters.items()
@@ -204,6 +201,21 @@ def test_application_runs_under_torchrun_and_by_popen(tmp_path):
         (run,) = (folder / "outputs" / "wide_resnet").iterdir()
         assert (run / "results.json").exists()
         assert {path.name for path in folder.iterdir()} == {"outputs"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+def test_demo_prints_its_table_and_draws_the_curves(tmp_path):
+    done = command("-m", "recipes.demo", "--workers", "2", "--epochs", "2", "--output", "out", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = {row[0].strip(): row[1:] for line in done.stdout.splitlines() if len(row := line.strip("│").split("│")) == 3}
+    assert [value.strip() for value in rows["steps"]] == ["72", "72"]
+    assert all(0.5 < float(value) <= 1 for value in rows["test accuracy"])
+    assert float(rows["consensus distance"][0]) == 0
+    # Two workers: a ring sends the gradients once, and a pair its parameters once.
+    ddp, dssync = (int(value.replace(",", "")) for value in rows["bytes sent per worker per step"])
+    assert 0.9 < dssync / ddp < 1.1
+    assert (tmp_path / "out" / "demo.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize(

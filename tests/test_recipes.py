@@ -6,6 +6,7 @@ import hashlib
 import pickle
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -88,7 +89,7 @@ def test_metrics_of_two_ranks_equal_those_of_one_process(tmp_path):
     torch.set_num_threads(1)
     torch.manual_seed(0)
     data, model = Uneven(batch_size=4), small_classifier()
-    options = {
+    options: dict[str, Any] = {
         "accelerator": "cpu",
         "default_root_dir": tmp_path,
         "logger": False,
@@ -96,7 +97,7 @@ def test_metrics_of_two_ranks_equal_those_of_one_process(tmp_path):
         "enable_progress_bar": False,
         "enable_model_summary": False,
     }
-    two = Trainer(devices=2, strategy=DDPStrategy(start_method="fork"), max_epochs=1, **options)  # type: ignore[arg-type]
+    two = Trainer(devices=2, strategy=DDPStrategy(start_method="fork"), max_epochs=1, **options)
     two.fit(model, data)
     validated = dict(two.callback_metrics)
     two.test(model, data, verbose=False)
