@@ -44,7 +44,9 @@ def train(cfg: DictConfig) -> dict[str, float]:
     seed_everything(cfg.seed, workers=True, verbose=False)
     data: LightningDataModule = instantiate(cfg.data)
     model: LightningModule = instantiate(cfg.model)
-    callbacks: list[Callback] = [instantiate(callback) for callback in (cfg.get("callbacks") or {}).values() if callback]
+    callbacks: list[Callback] = [
+        instantiate(callback) for callback in (cfg.get("callbacks") or {}).values() if callback
+    ]
     trainer: Trainer = instantiate(
         cfg.trainer,
         callbacks=callbacks,

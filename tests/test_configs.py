@@ -185,7 +185,7 @@ def test_application_trains_and_tests_on_forked_ranks(strategy, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(320)
 def test_application_runs_under_torchrun_and_by_popen(tmp_path):
     overrides = ("recipe=wide_resnet", "trainer=smoke", "strategy.start_method=popen")
     launchers = {
@@ -201,6 +201,15 @@ def test_application_runs_under_torchrun_and_by_popen(tmp_path):
         (run,) = (folder / "outputs" / "wide_resnet").iterdir()
         assert (run / "results.json").exists()
         assert {path.name for path in folder.iterdir()} == {"outputs"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+def test_application_sweeps(tmp_path):
+    overrides = ("recipe=wide_resnet", "trainer=smoke", "seed=0,1", "logger=tensorboard")
+    done = command("-m", "recipes.train", "--multirun", *overrides, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "outputs" / "sweeps").glob("*/*/results.json"))) == 2
 
 
 @pytest.mark.slow
