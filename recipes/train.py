@@ -1,0 +1,90 @@
+"""The one entry point for training: `python -m recipes.train recipe=wide_resnet`.
+
+Everything is chosen by Hydra groups and overrides; `python -m recipes.train --help` lists them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import hydra
+import torch
+from hydra.utils import instantiate
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import ProgressBar
+from omegaconf import DictConfig
+
+import ds_lightning  # noqa: F401  (registers the strategy names)
+
+# Lightning cannot know that our evaluation shards are exact, nor that 0 loader workers are right for data in memory;
+# the others are between Lightning or ds_lightning and newer torch.
+EXPECTED_WARNINGS = (
+    "Using `DistributedSampler` with the dataloaders",
+    "The '.*_dataloader' does not have many workers",
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+    "`torch.distributed.all_gather_into_tensor` is deprecated",
+)
+
+
+def train(cfg: DictConfig) -> dict[str, float]:
+    """Fits and tests what `cfg` describes.
+
+    Returns:
+        The last training and validation metrics and the test metrics.
+    """
+    for message in EXPECTED_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+    if cfg.strategy.get("start_method") == "fork":
+        # Forked ranks inherit this. A parent that has run OpenMP threads must not fork, and ranks share the cores.
+        torch.set_num_threads(1)
+    seed_everything(cfg.seed, workers=True, verbose=False)
+    data: LightningDataModule = instantiate(cfg.data)
+    model: LightningModule = instantiate(cfg.model)
+    callbacks: list[Callback] = [
+        instantiate(callback) for callback in (cfg.get("callbacks") or {}).values() if callback
+    ]
+    trainer: Trainer = instantiate(
+        cfg.trainer,
+        callbacks=callbacks,
+        logger=instantiate(cfg.logger) if cfg.get("logger") else False,
+        # Else Lightning adds a bar of its own.
+        enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),
+    )
+    trainer.fit(model, data, ckpt_path=cfg.ckpt_path)
+    results = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    # The last weights, not the best: nothing that is tested was chosen by a metric.
+    trainer.test(model, data, verbose=False)
+    results |= {name: float(value) for name, value in trainer.callback_metrics.items()}
+    return results
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="config")
+def main(cfg: DictConfig) -> float:
+    """Trains, prints the results and writes them to `results.json` in the run's output directory."""
+    results = train(cfg)
+    if _global_rank() == 0:
+        for name, value in sorted(results.items()):
+            print(f"{name:34s} {value:.4f}")
+        path = Path(cfg.output_dir) / "results.json"
+        path.write_text(json.dumps(results, indent=2, sort_keys=True) + "\n")
+        print(f"outputs in {path.parent}")
+    return results.get("val/accuracy", float("nan"))  # what a Hydra sweeper maximises
+
+
+def _global_rank() -> int:
+    """This process's rank where torchrun, Slurm or Lightning's launcher has set one, else 0."""
+    for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"):
+        if name in os.environ:
+            return int(os.environ[name])
+    return 0
+
+
+if __name__ == "__main__":
+    if _global_rank() > 0:
+        # One output directory per run: the ranks that torchrun or Slurm started beside rank 0 write none of their own.
+        sys.argv += ["hydra.run.dir=.", "hydra.output_subdir=null"]
+    main()

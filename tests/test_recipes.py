@@ -1,0 +1,226 @@
+"""The recipes' parts without a command line: data splits, exact evaluation, CIFAR and ImageNet folders, the models."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy
+from PIL import Image
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.utils.data import TensorDataset
+from torchvision.datasets import CIFAR10, CIFAR100
+
+from recipes.data import Cifar, Digits, ImageData, ImageNet, even_batch_size
+from recipes.wide_resnet import ImageClassifier, timm_model, wide_resnet
+
+
+def parameters(net: nn.Module) -> int:
+    return sum(p.numel() for p in net.parameters())
+
+
+def test_digits_splits_are_disjoint_complete_and_fixed():
+    labels = load_digits().target
+    parts = Digits(16).split(labels)
+    assert sorted(np.concatenate(parts)) == list(range(1797))
+    assert [len(part) for part in parts] == [1167, 270, 360]
+    assert all(np.array_equal(a, b) for a, b in zip(parts, Digits(16).split(labels), strict=True))
+    assert not np.array_equal(parts[2], Digits(16, split_seed=1).split(labels)[2])
+    for part in parts:  # stratified: each class has its share
+        assert np.abs(np.bincount(labels[part]) / len(part) - np.bincount(labels) / len(labels)).max() < 0.01
+
+
+def test_digits_are_normalised_by_the_training_split():
+    data = Digits(16)
+    data.setup()
+    images = data.train_set.tensors[0]  # type: ignore[attr-defined]
+    assert images.shape == (1167, 1, 8, 8)
+    assert images.mean().abs() < 1e-5
+    assert images.std() == pytest.approx(1.0, abs=1e-5)
+
+
+@pytest.mark.parametrize("samples", [4, 7, 33, 360, 1001])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("batch_size", [1, 2, 16, 50])
+def test_evaluation_gives_every_rank_the_same_number_of_batches(samples, world_size, batch_size):
+    size = even_batch_size(samples, world_size, batch_size)
+    shards = [len(range(rank, samples, world_size)) for rank in range(world_size)]
+    assert size >= batch_size
+    assert len({-(-shard // size) for shard in shards}) == 1
+
+
+def test_an_evaluation_split_smaller_than_the_world_is_refused():
+    with pytest.raises(ValueError, match="3 samples cannot give each of 4 ranks one"):
+        even_batch_size(3, 4, 16)
+
+
+def test_a_batch_larger_than_the_training_split_is_refused():
+    data = Digits(batch_size=2000)
+    data.setup()
+    with pytest.raises(ValueError, match=r"takes 2000 training samples a step, but there are 1167\. HINT"):
+        data.train_dataloader()
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        Digits(batch_size=0)
+
+
+class Uneven(ImageData):
+    """33 images for 2 ranks: shards of 17 and 16, where batches of 4 would be 5 on one rank and 4 on the other."""
+
+    def setup(self, stage=None):
+        images = torch.randn(33, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+        self.train_set = self.val_set = self.test_set = TensorDataset(images, torch.arange(33) % 10)
+
+
+def small_classifier(**kwargs) -> ImageClassifier:
+    return ImageClassifier(wide_resnet(10, 1, in_channels=1), 10, partial(torch.optim.SGD, lr=0.01), **kwargs)
+
+
+@pytest.mark.timeout(60)
+def test_metrics_of_two_ranks_equal_those_of_one_process(tmp_path):
+    """Exact under DDP, in validation too, where DDP's forward broadcasts buffers on every rank or hangs."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    data, model = Uneven(batch_size=4), small_classifier()
+    options: dict[str, Any] = {
+        "accelerator": "cpu",
+        "default_root_dir": tmp_path,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    two = Trainer(devices=2, strategy=DDPStrategy(start_method="fork"), max_epochs=1, **options)
+    two.fit(model, data)
+    validated = dict(two.callback_metrics)
+    two.test(model, data, verbose=False)
+    tested = dict(two.callback_metrics)
+
+    data.setup()
+    model.eval()
+    images, labels = data.test_set.tensors  # type: ignore[attr-defined]
+    with torch.no_grad():
+        logits = model(images)
+    accuracy = (logits.argmax(1) == labels).float().mean()
+    loss = nn.functional.cross_entropy(logits, labels)
+    for metrics, split in ((validated, "val"), (tested, "test")):
+        assert metrics[f"{split}/accuracy"] == pytest.approx(float(accuracy))
+        assert metrics[f"{split}/loss"] == pytest.approx(float(loss), rel=1e-4)
+
+
+def fake_cifar(root: Path, dataset: type[CIFAR10], classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Writes 10 images per batch file in CIFAR's own format and teaches torchvision their checksums."""
+    folder = root / dataset.base_folder
+    folder.mkdir(parents=True)
+    key = "labels" if classes == 10 else "fine_labels"
+    rng = np.random.default_rng(0)
+
+    def write(name: str, entry: dict[str, object]) -> tuple[str, str]:
+        content = pickle.dumps(entry)
+        (folder / name).write_bytes(content)
+        return name, hashlib.md5(content).hexdigest()
+
+    def images(count: int = 10) -> dict[str, object]:
+        return {"data": rng.integers(0, 256, (count, 3072), dtype=np.uint8), key: [i % 5 for i in range(count)]}
+
+    for attribute in ("train_list", "test_list"):
+        files = [write(name, images()) for name, _ in getattr(dataset, attribute)]
+        monkeypatch.setattr(dataset, attribute, files)
+    meta_name, meta_key = dataset.meta["filename"], dataset.meta["key"]
+    name, md5 = write(meta_name, {meta_key: [str(i) for i in range(classes)]})
+    monkeypatch.setattr(dataset, "meta", {"filename": name, "key": meta_key, "md5": md5})
+
+
+@pytest.mark.parametrize(("dataset", "classes", "train"), [(CIFAR10, 10, 50), (CIFAR100, 100, 10)])
+def test_cifar_reads_torchvisions_files(dataset, classes, train, tmp_path, monkeypatch):
+    fake_cifar(tmp_path, dataset, classes, monkeypatch)
+    data = Cifar(str(tmp_path), classes, batch_size=4, num_workers=0)
+    data.prepare_data()
+    data.setup()
+    assert (len(data.train_set), len(data.val_set), len(data.test_set)) == (train, 10, 10)  # type: ignore[arg-type]
+    images, labels = next(iter(data.train_dataloader()))
+    assert images.shape == (4, 3, 32, 32)
+    assert images.dtype == torch.float32
+    assert labels.max() < 5
+    # Evaluation sees the images as they are, training an augmented view.
+    assert torch.equal(data.test_set[3][0], data.test_set[3][0])
+    assert not all(torch.equal(data.train_set[0][0], data.train_set[0][0]) for _ in range(10))
+
+    held_out = Cifar(str(tmp_path), classes, batch_size=4, num_workers=0, val_size=5)
+    held_out.setup()
+    train_part, val_part = held_out.train_set, held_out.val_set
+    assert len(val_part) == 5  # type: ignore[arg-type]
+    indices = [*train_part.indices, *val_part.indices]  # type: ignore[attr-defined]
+    assert sorted(indices) == list(range(train))
+    assert torch.equal(val_part[0][0], val_part[0][0])
+
+
+def test_missing_data_say_where_they_were_looked_for(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no complete CIFAR-10 in .*HINT: .*data\.download=true"):
+        Cifar(str(tmp_path), 10).setup()
+    with pytest.raises(FileNotFoundError, match=r"no folder .*train\. HINT: point data\.root"):
+        ImageNet(str(tmp_path)).setup()
+    with pytest.raises(ValueError, match="num_classes is 7, but CIFAR has 10 or 100"):
+        Cifar(str(tmp_path), 7)
+
+
+def test_imagenet_reads_a_folder_of_images(tmp_path):
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 3), ("val", 2)):
+        for name in ("cat", "dog"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 256, (40 + i, 50, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / split / name / f"{i}.png")
+    data = ImageNet(str(tmp_path), batch_size=2, num_workers=0, image_size=32)
+    data.setup()
+    images, _ = next(iter(data.train_dataloader()))
+    assert images.shape == (2, 3, 32, 32)
+    assert len(data.train_dataloader()) == 3
+    assert sorted(label for _, labels in data.test_dataloader() for label in labels.tolist()) == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("depth", "width", "num_classes", "count"),
+    # 28-10 and 16-4 as published: 36.5 M and 2.7 M; 26 counts 28's layers the other way.
+    [(26, 10, 10, 36_479_194), (28, 10, 10, 36_479_194), (26, 10, 100, 36_536_884), (16, 4, 10, 2_748_890)],
+)
+def test_wide_resnet_has_the_published_size(depth, width, num_classes, count):
+    with torch.device("meta"):
+        net = wide_resnet(depth, width, num_classes)
+    assert parameters(net) == count
+
+
+def test_wide_resnet_keeps_the_resolution_of_small_images():
+    net = wide_resnet(10, 2, num_classes=7, in_channels=1)
+    assert net.stages(net.stem(torch.zeros(2, 1, 32, 32))).shape == (2, 128, 8, 8)  # type: ignore[operator]
+    assert net(torch.zeros(2, 1, 8, 8)).shape == (2, 7)
+
+
+@pytest.mark.parametrize("depth", [2, 4, 9, 12, 27, -4])
+def test_a_depth_that_no_wide_resnet_has_is_refused(depth):
+    with pytest.raises(ValueError, match=rf"depth is {depth}, but .* 6n \+ 2 or 6n \+ 4 .*HINT: 10, 16"):
+        wide_resnet(depth)
+
+
+def test_a_width_below_one_is_refused():
+    with pytest.raises(ValueError, match="width is 0"):
+        wide_resnet(10, 0)
+
+
+def test_timm_model_is_built_by_name():
+    with torch.device("meta"):
+        assert parameters(timm_model("wide_resnet50_2", 1000)) == 68_883_240
+
+
+def test_top5_accuracy_is_logged_for_many_classes():
+    optimizer = partial(torch.optim.SGD, lr=0.1)
+    assert list(ImageClassifier(nn.Identity(), 10, optimizer).test_accuracy) == ["test/accuracy"]
+    assert set(ImageClassifier(nn.Identity(), 100, optimizer).val_accuracy) == {"val/accuracy", "val/top5_accuracy"}
