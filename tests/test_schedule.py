@@ -42,8 +42,8 @@ class Pairs:
 
     world_size = 4
 
-    def partition(self, step):
-        return ((0, 1), (2, 3)) if step % 3 else ((0, 3), (1, 2))
+    def __init__(self, partition=lambda step: ((0, 1), (2, 3)) if step % 3 else ((0, 3), (1, 2))):
+        self.partition = partition
 
     def group(self, rank, step):
         return next(g for g in self.partition(step) if rank in g)
@@ -174,9 +174,7 @@ def test_a_users_schedule_needs_no_period():
 
 
 def test_a_schedule_that_never_mixes_has_rate_one():
-    apart = Pairs()
-    apart.partition = lambda step: ((0, 1), (2, 3))
-    assert consensus_rate(apart) == pytest.approx(1.0)
+    assert consensus_rate(Pairs(lambda step: ((0, 1), (2, 3)))) == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("make", [GridSchedule, ShuffleSchedule])
@@ -222,22 +220,21 @@ def test_bad_schedules(schedule, message):
     ],
 )
 def test_malformed_partitions(partition, message):
-    bad = Pairs()
-    bad.partition = lambda step: partition
     with pytest.raises(ValueError, match=message):
-        check_schedule(bad)
+        check_schedule(Pairs(lambda step: partition))
 
 
 def test_a_schedule_that_contradicts_itself():
-    bad = Pairs()
-    bad.group = lambda rank, step: (0, 1)
+    class Contradiction(Pairs):
+        def group(self, rank, step):
+            return (0, 1)
+
     with pytest.raises(ValueError, match="contradicts itself at step 0"):
-        check_schedule(bad)
+        check_schedule(Contradiction())
 
 
 def test_a_schedule_that_never_repeats():
-    endless = Pairs()
-    endless.partition = lambda step: ((0, 1), (2, 3)) if step % 300 else ((0, 3), (1, 2))
+    endless = Pairs(lambda step: ((0, 1), (2, 3)) if step % 300 else ((0, 3), (1, 2)))
     with pytest.raises(ValueError, match="does not repeat within 256 steps"):
         schedule_period(endless)
 

@@ -367,9 +367,9 @@ def test_every_kind_of_tensor_is_averaged_as_it_should(wire_dtype):
     rounding = {None: 1e-6, "bf16": 3e-2, "int8": 8e-2}[wire_dtype]
     for rank, model in enumerate(ranks):
         for name, p in model.named_parameters():
-            mean = torch.stack([dict(m.named_parameters())[name].data for m in start]).cdouble().mean(0)
+            mean = torch.stack([dict(m.named_parameters())[name].data for m in start]).to(torch.complex128).mean(0)
             tolerance = max(rounding, 2e-2) if name == "short" else rounding  # stored in bf16
-            assert torch.allclose(p.data.cdouble(), mean, atol=tolerance, rtol=tolerance), name
+            assert torch.allclose(p.data.to(torch.complex128), mean, atol=tolerance, rtol=tolerance), name
         assert torch.equal(model.frozen, Everything().frozen)
         assert torch.equal(model.mask, Everything().mask)
         assert torch.equal(model.wide, Everything().wide)
