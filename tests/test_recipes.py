@@ -41,7 +41,7 @@ def test_digits_splits_are_disjoint_complete_and_fixed():
 def test_digits_are_normalised_by_the_training_split():
     data = Digits(16)
     data.setup()
-    images = data.train_set.tensors[0]  # type: ignore[attr-defined]
+    images = data.train_set.tensors[0]
     assert images.shape == (1167, 1, 8, 8)
     assert images.mean().abs() < 1e-5
     assert images.std() == pytest.approx(1.0, abs=1e-5)
@@ -105,7 +105,7 @@ def test_metrics_of_two_ranks_equal_those_of_one_process(tmp_path):
 
     data.setup()
     model.eval()
-    images, labels = data.test_set.tensors  # type: ignore[attr-defined]
+    images, labels = data.test_set.tensors
     with torch.no_grad():
         logits = model(images)
     accuracy = (logits.argmax(1) == labels).float().mean()
@@ -144,7 +144,7 @@ def test_cifar_reads_torchvisions_files(dataset, classes, train, tmp_path, monke
     data = Cifar(str(tmp_path), classes, batch_size=4, num_workers=0)
     data.prepare_data()
     data.setup()
-    assert (len(data.train_set), len(data.val_set), len(data.test_set)) == (train, 10, 10)  # type: ignore[arg-type]
+    assert (len(data.train_set), len(data.val_set), len(data.test_set)) == (train, 10, 10)
     images, labels = next(iter(data.train_dataloader()))
     assert images.shape == (4, 3, 32, 32)
     assert images.dtype == torch.float32
@@ -156,8 +156,8 @@ def test_cifar_reads_torchvisions_files(dataset, classes, train, tmp_path, monke
     held_out = Cifar(str(tmp_path), classes, batch_size=4, num_workers=0, val_size=5)
     held_out.setup()
     train_part, val_part = held_out.train_set, held_out.val_set
-    assert len(val_part) == 5  # type: ignore[arg-type]
-    indices = [*train_part.indices, *val_part.indices]  # type: ignore[attr-defined]
+    assert len(val_part) == 5
+    indices = [*train_part.indices, *val_part.indices]
     assert sorted(indices) == list(range(train))
     assert torch.equal(val_part[0][0], val_part[0][0])
 
@@ -200,7 +200,7 @@ def test_wide_resnet_has_the_published_size(depth, width, num_classes, count):
 
 def test_wide_resnet_keeps_the_resolution_of_small_images():
     net = wide_resnet(10, 2, num_classes=7, in_channels=1)
-    assert net.stages(net.stem(torch.zeros(2, 1, 32, 32))).shape == (2, 128, 8, 8)  # type: ignore[operator]
+    assert net.stages(net.stem(torch.zeros(2, 1, 32, 32))).shape == (2, 128, 8, 8)
     assert net(torch.zeros(2, 1, 8, 8)).shape == (2, 7)
 
 
