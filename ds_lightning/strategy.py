@@ -104,6 +104,7 @@ class DSSyncStrategy(DDPStrategy):
         self._groups: ScheduledGroups | None = None
         self._positions: list[dict[str, int]] = []  # in the schedule, per optimizer: of a checkpoint or an earlier fit
         self._no_loss = False
+        self._stepping = False  # an optimizer's step has begun: its closure is running
         self.timed = False  # set by ConsensusMonitor: only then is the time of averages taken
 
     # ---- set-up -----------------------------------------------------------------------------------------------------
@@ -204,9 +205,15 @@ class DSSyncStrategy(DDPStrategy):
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        output = super().training_step(*args, **kwargs)
         assert self.lightning_module is not None
-        self._no_loss = output is None and self.lightning_module.automatic_optimization and self._groups is not None
+        automatic = self._groups is not None and self.lightning_module.automatic_optimization
+        if automatic and self.overlap and not self._stepping:
+            # With gradient accumulation the average has all micro-batches of the step to hide in.
+            synchronizer = self._synchronizer(self.optimizers[0])
+            if not synchronizer.started:
+                synchronizer.start()
+        output = super().training_step(*args, **kwargs)
+        self._no_loss = automatic and output is None
         if self._no_loss:
             # Lightning refuses None in distributed training because DDP would wait for this rank's gradients. Nobody
             # does here. Backward through a tensor of its own leaves the gradients as if backward had not run.
@@ -228,8 +235,10 @@ class DSSyncStrategy(DDPStrategy):
         if self.average_gradients:
             after_first_closure.append(lambda: synchronizer.average_gradients(self._loss_scale()))
         if self.overlap:
-            synchronizer.start()
+            if not synchronizer.started:
+                synchronizer.start()
             after_first_closure.append(synchronizer.finish)
+        self._stepping = True
 
         def synchronized_closure() -> Any:
             # Forward and backward have run; clipping and the update come next. LBFGS calls a closure again: then this
@@ -240,7 +249,10 @@ class DSSyncStrategy(DDPStrategy):
             # A GradScaler must not look for gradients to unscale where there was no backward.
             return None if self._no_loss and self._scaler is not None else loss
 
-        output = super().optimizer_step(optimizer, synchronized_closure, model, **kwargs)
+        try:
+            output = super().optimizer_step(optimizer, synchronized_closure, model, **kwargs)
+        finally:
+            self._stepping = False
         while after_first_closure:  # an optimizer that never calls its closure
             after_first_closure.pop(0)()
         if not self.overlap:
@@ -293,7 +305,7 @@ class DSSyncStrategy(DDPStrategy):
         assert self.lightning_module is not None
         consensus_of([self.lightning_module, *self._averaged_models()])
         for synchronizer in self.synchronizers:
-            synchronizer.forget_sent()
+            synchronizer.on_consensus()
         self._warn_of_different_learning_rates()
 
     @override
