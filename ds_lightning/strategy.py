@@ -14,6 +14,7 @@ from lightning.fabric.strategies.registry import _StrategyRegistry
 from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerStatus
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.nn import Module, SyncBatchNorm
@@ -150,6 +151,7 @@ class DSSyncStrategy(DDPStrategy):
     @override
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
         super().setup_optimizers(trainer)
+        self.timed = False
         self._positions = [s.state_dict() for s in self.synchronizers] or self._positions
         self.synchronizers = []
         if self.average_gradients and any(isinstance(o, LBFGS) for o in self.optimizers):
@@ -311,7 +313,11 @@ class DSSyncStrategy(DDPStrategy):
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """The first thing that a checkpoint reads, on all ranks: here they become what the file will hold."""
-        if self._groups is not None and dist.is_initialized():
+        assert self.lightning_module is not None
+        if self._groups is not None and self.lightning_module.trainer.state.status == TrainerStatus.INTERRUPTED:
+            # Ranks are at different points, or gone: a collective might wait for what never comes.
+            rank_zero_warn("dssync: a checkpoint saved on an exception holds rank 0's own replica, not the average.")
+        elif self._groups is not None and dist.is_initialized():
             self.consensus()
             for optimizer in self.optimizers:
                 consensus_of_optimizer_state(optimizer)
