@@ -25,6 +25,7 @@ from typing_extensions import override
 from ds_lightning.consensus import broadcast_from_rank_0, consensus_of, consensus_of_optimizer_state
 from ds_lightning.groups import ScheduledGroups, require_agreement
 from ds_lightning.schedule import (
+    GridSchedule,
     Schedule,
     as_int,
     check_schedule_name,
@@ -164,10 +165,12 @@ class DSSyncStrategy(DDPStrategy):
         schedule = make_schedule(self.schedule, self.world_size, self.group_size, self.seed)
         if schedule is self.schedule and self.group_size != "auto":
             rank_zero_warn(f"dssync: group_size={self.group_size} has no effect: {schedule!r} decides.")
-        if self.schedule == "grid" and max(dims := getattr(schedule, "dims", (0,))) > 2 * schedule.group_size:  # type: ignore[attr-defined]
+        if self.seed and self.schedule not in ("auto", "shuffle"):
+            rank_zero_warn(f"dssync: seed={self.seed} has no effect: {schedule!r} draws nothing.")
+        if self.schedule == "grid" and isinstance(schedule, GridSchedule) and not schedule.is_near:
             rank_zero_warn(
                 f"dssync: {self.world_size} ranks have no grid of groups near group_size={self.group_size}; groups are"
-                f" of {' and '.join(map(str, dims))}. HINT: use schedule='shuffle' or another number of ranks."
+                f" of {' and '.join(map(str, schedule.dims))}. HINT: use schedule='shuffle' or another number of ranks."
             )
         return schedule
 
@@ -185,7 +188,7 @@ class DSSyncStrategy(DDPStrategy):
             sync_every=self.sync_every,
             wire_dtype=self.wire_dtype,
             average_optimizer_state=self.average_optimizer_state,
-            buffers=not self.synchronizers,
+            buffers=index == 0,
             broadcast=False,
         )
         if index < len(self._positions):
@@ -248,8 +251,11 @@ class DSSyncStrategy(DDPStrategy):
             loss = closure()
             while after_first_closure:
                 after_first_closure.pop(0)()
-            # A GradScaler must not look for gradients to unscale where there was no backward.
-            return None if self._no_loss and self._scaler is not None else loss
+            if self._no_loss and self._scaler is not None:
+                # A GradScaler must not look for gradients to unscale where there are none.
+                gradients = any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
+                return loss if gradients else None
+            return loss
 
         try:
             output = super().optimizer_step(optimizer, synchronized_closure, model, **kwargs)
