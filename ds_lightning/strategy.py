@@ -11,8 +11,15 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.fabric.strategies.registry import _StrategyRegistry
+from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.fabric.utilities.data import _set_sampler_epoch
-from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import (
+    Callback,
+    EarlyStopping,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
@@ -138,7 +145,8 @@ class DSSyncStrategy(DDPStrategy):
                 "average_optimizer_state": self.average_optimizer_state,
             },
         )
-        broadcast_from_rank_0(module)
+        for model in [module, *self._averaged_models()]:  # an average model is a copy of each rank's own first values
+            broadcast_from_rank_0(model)
         if self._groups is None:
             self._groups = ScheduledGroups(self._schedule, self._timeout)
             rank_zero_info(f"dssync: {_describe(self._schedule, self._groups.period)}.")
@@ -151,9 +159,10 @@ class DSSyncStrategy(DDPStrategy):
 
     @override
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
+        if self._groups is not None and self.optimizers:  # those of an earlier fit
+            self._positions = self._positions_now()
         super().setup_optimizers(trainer)
         self.timed = False
-        self._positions = [s.state_dict() for s in self.synchronizers] or self._positions
         self.synchronizers = []
         if self.average_gradients and any(isinstance(o, LBFGS) for o in self.optimizers):
             raise ValueError(
@@ -197,13 +206,20 @@ class DSSyncStrategy(DDPStrategy):
         self.synchronizers.append(synchronizer)
         return synchronizer
 
+    def _positions_now(self) -> list[dict[str, int]]:
+        """In the order of Lightning's optimizers, whose first steps may have come in any other."""
+        return [self._synchronizer(optimizer).state_dict() for optimizer in self.optimizers]
+
     @override
     def process_dataloader(self, dataloader: object) -> object:
         # Lightning makes the iterator of a resumed epoch before it tells the sampler which epoch that is. Loader
         # workers then already fetch the order of epoch 0 (Lightning issue 21938).
         assert self.lightning_module is not None
-        progress = self.lightning_module.trainer.fit_loop.epoch_progress.current
-        _set_sampler_epoch(dataloader, progress.processed)  # type: ignore[attr-defined]
+        loop: Any = self.lightning_module.trainer.fit_loop
+        epoch, batches = loop.epoch_progress.current, loop.epoch_loop.batch_progress
+        # Saved right after an epoch's last batch: training goes on with the next epoch, which is counted only later.
+        over = batches.is_last_batch and batches.current.completed < batches.current.processed
+        _set_sampler_epoch(dataloader, epoch.processed + (loop.restarting and over and epoch.processed < epoch.started))
         return super().process_dataloader(dataloader)
 
     # ---- training ---------------------------------------------------------------------------------------------------
@@ -336,7 +352,7 @@ class DSSyncStrategy(DDPStrategy):
             checkpoint[CHECKPOINT_KEY] = {
                 "world_size": self.world_size,
                 "schedule": repr(self._groups.schedule),
-                "positions": [self._synchronizer(optimizer).state_dict() for optimizer in self.optimizers],
+                "positions": self._positions_now(),
             }
         super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
 
@@ -362,10 +378,14 @@ class DSSyncStrategy(DDPStrategy):
         return [model for model in models if model is not None]
 
     def _adopt_rank_0s_settings(self) -> None:
-        """Learning rates, schedulers and loss scale as the file will have them: those of rank 0, the smallest scale."""
+        """What cannot be averaged, as the file will have it: rank 0's, and of the loss scales the smallest."""
+        assert self.lightning_module is not None
+        callbacks: list[Callback] = self.lightning_module.trainer.callbacks  # type: ignore[attr-defined]
+        deciding = [c for c in callbacks if isinstance(c, EarlyStopping | ModelCheckpoint)]  # each by its rank's metric
         mine = (
             [{k: _on_cpu(v) for k, v in g.items() if k != "params"} for o in self.optimizers for g in o.param_groups],
             [config.scheduler.state_dict() for config in self.lr_scheduler_configs],
+            [move_data_to_device(callback.state_dict(), torch.device("cpu")) for callback in deciding],
         )
         settings = [mine]
         dist.broadcast_object_list(settings, src=0)
@@ -378,6 +398,9 @@ class DSSyncStrategy(DDPStrategy):
                     group[name] = value
         for config, state in zip(self.lr_scheduler_configs, settings[0][1], strict=True):
             config.scheduler.load_state_dict(state)
+        for callback, state in zip(deciding, settings[0][2], strict=True):
+            if not self.is_global_zero:
+                callback.load_state_dict(state)
         if self._scaler is not None:
             states = [self._scaler.state_dict()] * self.world_size
             dist.all_gather_object(states, self._scaler.state_dict())
