@@ -25,6 +25,7 @@ from ds_lightning.consensus import broadcast_from_rank_0, consensus_of, consensu
 from ds_lightning.groups import ScheduledGroups, require_agreement
 from ds_lightning.schedule import (
     Schedule,
+    ShuffleSchedule,
     as_int,
     check_schedule_name,
     consensus_rate,
@@ -70,8 +71,8 @@ class DSSyncStrategy(DDPStrategy):
             ``DistributedDataParallel`` itself have nothing to act on here and warn.
 
     Raises:
-        ValueError: For a bad option; on all ranks alike, and before any process group exists wherever ranks cannot
-            differ. Ranks whose models, schedules or options differ are told so after the first rendezvous.
+        ValueError: For a bad option; later, on all ranks alike and before training, for one that the world size rules
+            out, and if ranks have different options, schedules, models or optimizers.
     """
 
     def __init__(
@@ -90,8 +91,7 @@ class DSSyncStrategy(DDPStrategy):
         _check_ddp_kwargs(ddp_kwargs)
         super().__init__(**ddp_kwargs)
         self.group_size = group_size if group_size == "auto" else _check_group_size(group_size)
-        if isinstance(schedule, str):
-            check_schedule_name(schedule)
+        check_schedule_name(schedule)
         self.schedule = schedule
         self.overlap = _check_bool("overlap", overlap)
         self.sync_every = positive_int("sync_every", sync_every)
@@ -111,9 +111,15 @@ class DSSyncStrategy(DDPStrategy):
     @override
     def setup_distributed(self) -> None:
         self.set_world_ranks()
-        if self.world_size > 1:  # raises on every rank alike, before any of them waits for another
-            self._schedule = self._make_schedule()
+        error = None
+        if self.world_size > 1:
+            try:
+                self._schedule = self._make_schedule()
+            except ValueError as e:
+                error = str(e)  # raised below: ranks may differ, and a rank that left alone would keep others waiting
         super().setup_distributed()
+        if self.world_size > 1:
+            require_agreement("the strategy's options", self._options(), error)
 
     @override
     def configure_ddp(self) -> None:
@@ -124,17 +130,6 @@ class DSSyncStrategy(DDPStrategy):
             rank_zero_info("dssync: the world size is 1, so there is nothing to synchronize.")
             return
         assert self._schedule is not None
-        require_agreement(
-            "the strategy's options",
-            {
-                "group_size": self.group_size,
-                "overlap": self.overlap,
-                "sync_every": self.sync_every,
-                "wire_dtype": self.wire_dtype,
-                "average_gradients": self.average_gradients,
-                "average_optimizer_state": self.average_optimizer_state,
-            },
-        )
         broadcast_from_rank_0(module)
         if self._groups is None:
             self._groups = ScheduledGroups(self._schedule, self._timeout)
@@ -157,10 +152,31 @@ class DSSyncStrategy(DDPStrategy):
                 " they would wait for each other forever. HINT: use average_gradients=False."
             )
 
+        if self._groups is not None:
+            names = {p: name for name, p in trainer.lightning_module.named_parameters()}
+            optimized = [
+                (type(o).__name__, [[(names.get(p), [*p.shape]) for p in group["params"]] for group in o.param_groups])
+                for o in self.optimizers
+            ]
+            require_agreement("the optimizers' parameters", optimized)
+
+    def _options(self) -> dict[str, Any]:
+        """Those that must be the same on all ranks and that the schedule's partitions do not show."""
+        return {
+            "group_size": self.group_size,
+            "overlap": self.overlap,
+            "sync_every": self.sync_every,
+            "wire_dtype": self.wire_dtype,
+            "average_gradients": self.average_gradients,
+            "average_optimizer_state": self.average_optimizer_state,
+        }
+
     def _make_schedule(self) -> Schedule:
         schedule = make_schedule(self.schedule, self.world_size, self.group_size, self.seed)
         if schedule is self.schedule and self.group_size != "auto":
             rank_zero_warn(f"dssync: group_size={self.group_size} has no effect: {schedule!r} decides.")
+        if self.seed and (schedule is self.schedule or not isinstance(schedule, ShuffleSchedule)):
+            rank_zero_warn(f"dssync: seed={self.seed} has no effect: {schedule!r} does not draw from it.")
         if self.schedule == "grid" and max(dims := getattr(schedule, "dims", (0,))) > 2 * schedule.group_size:  # type: ignore[attr-defined]
             rank_zero_warn(
                 f"dssync: {self.world_size} ranks have no grid of groups near group_size={self.group_size}; groups are"
@@ -408,14 +424,15 @@ def _check_ddp_kwargs(ddp_kwargs: dict[str, Any]) -> None:
             " or use Lightning's DDPStrategy."
         )
     strategy = set(inspect.signature(DDPStrategy.__init__).parameters) - {"self", "kwargs"}
-    module = set(inspect.signature(DistributedDataParallel.__init__).parameters) - {"self", "module"}
-    if idle := sorted(module & set(ddp_kwargs)):
+    module = {k: p.default for k, p in inspect.signature(DistributedDataParallel).parameters.items() if k != "module"}
+    # LightningCLI passes every option that it knows, at its default.
+    if idle := sorted(k for k, value in ddp_kwargs.items() if k in module and value != module[k]):
         rank_zero_warn(
             f"dssync: {', '.join(idle)} of DistributedDataParallel {'has' if len(idle) == 1 else 'have'} no effect:"
             " gradients stay local, so nothing is wrapped. Unused parameters need no option."
         )
     own = set(inspect.signature(DSSyncStrategy.__init__).parameters) - {"self", "ddp_kwargs"}
-    if unknown := sorted(set(ddp_kwargs) - strategy - module):
+    if unknown := sorted(set(ddp_kwargs) - strategy - set(module)):
         close = get_close_matches(unknown[0], sorted(own | strategy), n=1)
         raise ValueError(
             f"{unknown[0]}={ddp_kwargs[unknown[0]]!r} is no option of DSSyncStrategy or DDPStrategy. HINT: "
