@@ -82,6 +82,11 @@ class GridSchedule:
         self.dims = _grid_dims(self.world_size, self.group_size)
         self.period = len(self.dims)
 
+    @property
+    def is_near(self) -> bool:
+        """Whether no group has more than twice as many ranks as were asked for."""
+        return max(self.dims) <= 2 * self.group_size
+
     def group(self, rank: int, step: int) -> Group:
         """The line through ``rank`` along axis ``step mod k``; O(g)."""
         _check_rank(rank, self.world_size)
@@ -245,7 +250,7 @@ def make_schedule(schedule: str | Schedule, world_size: int, group_size: int | s
     if schedule == "shuffle":
         return ShuffleSchedule(world_size, size, seed)
     grid = GridSchedule(world_size, size)
-    if schedule == "grid" or max(grid.dims) <= 2 * size:
+    if schedule == "grid" or grid.is_near:
         return grid
     return ShuffleSchedule(world_size, size, seed)
 

@@ -14,6 +14,7 @@ from lightning.fabric.strategies.registry import _StrategyRegistry
 from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerStatus
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.nn import Module, SyncBatchNorm
@@ -24,8 +25,8 @@ from typing_extensions import override
 from ds_lightning.consensus import broadcast_from_rank_0, consensus_of, consensus_of_optimizer_state
 from ds_lightning.groups import ScheduledGroups, require_agreement
 from ds_lightning.schedule import (
+    GridSchedule,
     Schedule,
-    ShuffleSchedule,
     as_int,
     check_schedule_name,
     consensus_rate,
@@ -104,6 +105,7 @@ class DSSyncStrategy(DDPStrategy):
         self._groups: ScheduledGroups | None = None
         self._positions: list[dict[str, int]] = []  # in the schedule, per optimizer: of a checkpoint or an earlier fit
         self._no_loss = False
+        self._stepping = False  # an optimizer's step has begun: its closure is running
         self.timed = False  # set by ConsensusMonitor: only then is the time of averages taken
 
     # ---- set-up -----------------------------------------------------------------------------------------------------
@@ -144,6 +146,7 @@ class DSSyncStrategy(DDPStrategy):
     @override
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
         super().setup_optimizers(trainer)
+        self.timed = False
         self._positions = [s.state_dict() for s in self.synchronizers] or self._positions
         self.synchronizers = []
         if self.average_gradients and any(isinstance(o, LBFGS) for o in self.optimizers):
@@ -151,7 +154,6 @@ class DSSyncStrategy(DDPStrategy):
                 "average_gradients=True cannot be used with LBFGS: ranks evaluate their closures unequally often, so"
                 " they would wait for each other forever. HINT: use average_gradients=False."
             )
-
         if self._groups is not None:
             names = {p: name for name, p in trainer.lightning_module.named_parameters()}
             optimized = [
@@ -175,12 +177,12 @@ class DSSyncStrategy(DDPStrategy):
         schedule = make_schedule(self.schedule, self.world_size, self.group_size, self.seed)
         if schedule is self.schedule and self.group_size != "auto":
             rank_zero_warn(f"dssync: group_size={self.group_size} has no effect: {schedule!r} decides.")
-        if self.seed and (schedule is self.schedule or not isinstance(schedule, ShuffleSchedule)):
-            rank_zero_warn(f"dssync: seed={self.seed} has no effect: {schedule!r} does not draw from it.")
-        if self.schedule == "grid" and max(dims := getattr(schedule, "dims", (0,))) > 2 * schedule.group_size:  # type: ignore[attr-defined]
+        if self.seed and self.schedule not in ("auto", "shuffle"):
+            rank_zero_warn(f"dssync: seed={self.seed} has no effect: {schedule!r} draws nothing.")
+        if self.schedule == "grid" and isinstance(schedule, GridSchedule) and not schedule.is_near:
             rank_zero_warn(
                 f"dssync: {self.world_size} ranks have no grid of groups near group_size={self.group_size}; groups are"
-                f" of {' and '.join(map(str, dims))}. HINT: use schedule='shuffle' or another number of ranks."
+                f" of {' and '.join(map(str, schedule.dims))}. HINT: use schedule='shuffle' or another number of ranks."
             )
         return schedule
 
@@ -198,7 +200,7 @@ class DSSyncStrategy(DDPStrategy):
             sync_every=self.sync_every,
             wire_dtype=self.wire_dtype,
             average_optimizer_state=self.average_optimizer_state,
-            buffers=not self.synchronizers,
+            buffers=index == 0,
             broadcast=False,
         )
         if index < len(self._positions):
@@ -220,9 +222,15 @@ class DSSyncStrategy(DDPStrategy):
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        output = super().training_step(*args, **kwargs)
         assert self.lightning_module is not None
-        self._no_loss = output is None and self.lightning_module.automatic_optimization and self._groups is not None
+        automatic = self._groups is not None and self.lightning_module.automatic_optimization
+        if automatic and self.overlap and not self._stepping:
+            # With gradient accumulation the average has all micro-batches of the step to hide in.
+            synchronizer = self._synchronizer(self.optimizers[0])
+            if not synchronizer.started:
+                synchronizer.start()
+        output = super().training_step(*args, **kwargs)
+        self._no_loss = automatic and output is None
         if self._no_loss:
             # Lightning refuses None in distributed training because DDP would wait for this rank's gradients. Nobody
             # does here. Backward through a tensor of its own leaves the gradients as if backward had not run.
@@ -244,8 +252,10 @@ class DSSyncStrategy(DDPStrategy):
         if self.average_gradients:
             after_first_closure.append(lambda: synchronizer.average_gradients(self._loss_scale()))
         if self.overlap:
-            synchronizer.start()
+            if not synchronizer.started:
+                synchronizer.start()
             after_first_closure.append(synchronizer.finish)
+        self._stepping = True
 
         def synchronized_closure() -> Any:
             # Forward and backward have run; clipping and the update come next. LBFGS calls a closure again: then this
@@ -253,10 +263,16 @@ class DSSyncStrategy(DDPStrategy):
             loss = closure()
             while after_first_closure:
                 after_first_closure.pop(0)()
-            # A GradScaler must not look for gradients to unscale where there was no backward.
-            return None if self._no_loss and self._scaler is not None else loss
+            if self._no_loss and self._scaler is not None:
+                # A GradScaler must not look for gradients to unscale where there are none.
+                gradients = any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
+                return loss if gradients else None
+            return loss
 
-        output = super().optimizer_step(optimizer, synchronized_closure, model, **kwargs)
+        try:
+            output = super().optimizer_step(optimizer, synchronized_closure, model, **kwargs)
+        finally:
+            self._stepping = False
         while after_first_closure:  # an optimizer that never calls its closure
             after_first_closure.pop(0)()
         if not self.overlap:
@@ -309,13 +325,17 @@ class DSSyncStrategy(DDPStrategy):
         assert self.lightning_module is not None
         consensus_of([self.lightning_module, *self._averaged_models()])
         for synchronizer in self.synchronizers:
-            synchronizer.forget_sent()
+            synchronizer.on_consensus()
         self._warn_of_different_learning_rates()
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """The first thing that a checkpoint reads, on all ranks: here they become what the file will hold."""
-        if self._groups is not None and dist.is_initialized():
+        assert self.lightning_module is not None
+        if self._groups is not None and self.lightning_module.trainer.state.status == TrainerStatus.INTERRUPTED:
+            # Ranks are at different points, or gone: a collective might wait for what never comes.
+            rank_zero_warn("dssync: a checkpoint saved on an exception holds rank 0's own replica, not the average.")
+        elif self._groups is not None and dist.is_initialized():
             self.consensus()
             for optimizer in self.optimizers:
                 consensus_of_optimizer_state(optimizer)

@@ -106,6 +106,7 @@ class DSSynchronizer:
         self.groups = groups or ScheduledGroups(make_schedule("auto", dist.get_world_size()))
         self.buffers = buffers
         self.step = 0
+        self.started = False
         self.timed = False
         self._synchronizations = self._bytes_sent = 0
         self._seconds_waiting = self._seconds_running = 0.0
@@ -132,6 +133,7 @@ class DSSynchronizer:
     def start(self) -> None:
         """Pack, and start the averages of this step's group; returns at once."""
         self.discard()
+        self.started = True
         if not self.due or self.groups.at(self.round)[1] is None:
             return
         parameters = [p for p in _parameters(self.optimizer) if p.requires_grad or p in self._sent_since_consensus]
@@ -154,7 +156,8 @@ class DSSynchronizer:
         Raises:
             RuntimeError: If a member failed or did not come within the groups' timeout; names step and ranks.
         """
-        running, self._running = self._running, []
+        running = self._running
+        self.discard()
         for average, apply in running:
             apply(self._or_explain(average.wait))
             if self.timed:
@@ -167,8 +170,8 @@ class DSSynchronizer:
         self.finish()
 
     def discard(self) -> None:
-        """Forget averages under way, after an exception between :meth:`start` and :meth:`finish`."""
-        self._running = []
+        """Forget averages under way: after an exception, or because all replicas have become equal meanwhile."""
+        self._running, self.started = [], False
 
     @torch.no_grad()
     def average_gradients(self, scale: float = 1.0) -> None:
@@ -278,10 +281,11 @@ class DSSynchronizer:
             more: Further modules to average, such as an EMA of the model; they must be there on all ranks.
         """
         consensus_of([self.module, *more])
-        self.forget_sent()
+        self.on_consensus()
 
-    def forget_sent(self) -> None:
-        """After a consensus point: replicas are equal, so what was frozen meanwhile need not be sent any more."""
+    def on_consensus(self) -> None:
+        """All replicas are equal now: what was packed before, or frozen since, need not be averaged any more."""
+        self.discard()
         self._sent_since_consensus.clear()
 
     def consensus_of_optimizer_state(self) -> None:

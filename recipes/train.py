@@ -26,7 +26,6 @@ EXPECTED_WARNINGS = (
     "Using `DistributedSampler` with the dataloaders",
     "The '.*_dataloader' does not have many workers",
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
-    "`torch.distributed.all_gather_into_tensor` is deprecated",
 )
 
 

@@ -20,7 +20,7 @@ class Reference:
         schedule: Gives W_t.
         overlap: Which of the two orders.
         sync_every: Only every so manieth step mixes; the schedule counts those.
-        average_gradients: Whether W_t also mixes the gradients; a missing one counts as zero.
+        average_gradients: Whether W_t also mixes the gradients; a missing one counts as zero, where others have one.
     """
 
     def __init__(
@@ -79,9 +79,11 @@ class Reference:
 
     def _mix_gradients(self, w: Tensor) -> None:
         for ps in zip(*(model.parameters() for model in self.models), strict=True):
-            g = torch.stack([torch.zeros_like(p) if p.grad is None else p.grad for p in ps])
-            for p, mixed in zip(ps, mix(w, g.double()), strict=True):
-                p.grad = mixed.to(p.dtype)
+            gradients = [p.grad for p in ps]
+            for p, row in zip(ps, w, strict=True):
+                group = [gradients[rank] for rank in row.nonzero().flatten()]  # an overflow outside it must not count
+                there = [g.double() for g in group if g is not None]
+                p.grad = (sum(there) / len(group)).to(p.dtype) if there else None
 
 
 def mix(w: Tensor, x: Tensor) -> Tensor:

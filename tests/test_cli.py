@@ -38,7 +38,12 @@ def test_names_are_registered(name, start_method):
 def cli(*arguments):
     base = ["--trainer.accelerator=cpu", "--trainer.devices=4", "--trainer.logger=false"]
     return LightningCLI(
-        BoringModel, BoringDataModule, run=False, save_config_callback=None, args=[*base, *arguments]
+        BoringModel,
+        BoringDataModule,
+        run=False,
+        save_config_callback=None,
+        seed_everything_default=False,  # it would stay in the environment of the tests that follow
+        args=[*base, *arguments],
     ).trainer
 
 

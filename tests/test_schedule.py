@@ -113,7 +113,8 @@ def test_shuffle_is_deterministic_in_its_seed_and_bounded(world, seed):
 
 
 def test_shuffle_is_the_same_in_another_process():
-    code = "import sys; sys.path.insert(0, 'ds_lightning'); import schedule as s; print(s.ShuffleSchedule(23, 3, 7).partition(5))"
+    code = "import sys; sys.path.insert(0, 'ds_lightning'); import schedule as s;"
+    code += "print(s.ShuffleSchedule(23, 3, 7).partition(5))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert out.stdout.strip() == str(ShuffleSchedule(23, 3, 7).partition(5))
 
