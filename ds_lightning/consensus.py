@@ -113,14 +113,14 @@ def _to(value: Any, device: torch.device) -> Any:
 
 def _average(tensors: Iterable[Tensor]) -> None:
     for _, same_dtype in by_dtype(tensors):
-        for chunk in _chunks(same_dtype):
+        for chunk in chunks(same_dtype):
             flat = torch.cat([t.reshape(-1).to(_device()) for t in chunk])
             for t, mean in zip(chunk, split(exact_mean_(flat), chunk), strict=True):
                 t.copy_(mean)
 
 
 def _broadcast(tensors: Iterable[Tensor]) -> None:
-    for chunk in _chunks(distinct(tensors)):
+    for chunk in chunks(distinct(tensors)):
         flat = torch.cat([t.reshape(-1).view(torch.uint8).to(_device()) for t in chunk])
         dist.broadcast(flat, src=0)
         sizes = [t.numel() * t.element_size() for t in chunk]
@@ -128,7 +128,8 @@ def _broadcast(tensors: Iterable[Tensor]) -> None:
             t.copy_(value.clone().view(t.dtype).view(t.shape))  # cloned: a view must be aligned
 
 
-def _chunks(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+def chunks(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Lists of tensors that travel together, so that the memory for it is bounded."""
     chunk: list[Tensor] = []
     for t in tensors:
         if chunk and sum(c.numel() for c in chunk) + t.numel() > _CHUNK:

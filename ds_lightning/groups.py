@@ -47,7 +47,12 @@ class ScheduledGroups:
             period = schedule_period(schedule)
             table = [schedule.partition(t) for t in range(period)]
         except Exception as e:  # whatever a user's schedule raises on one rank must end all ranks alike
-            error = f"{e}" if isinstance(e, ValueError) else f"{type(e).__name__}: {e}"
+            error = str(e)
+            if "HINT: " not in error:
+                error = (
+                    f"schedule={schedule!r} could not be asked: {type(e).__name__}: {e}. HINT: `partition(step)` and"
+                    " `group(rank, step)` must answer at every step."
+                )
         require_agreement("the schedule's partitions", [[sorted(g) for g in p] for p in table], error)
         self.period = period
 

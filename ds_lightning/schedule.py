@@ -238,19 +238,14 @@ def make_schedule(schedule: str | Schedule, world_size: int, group_size: int | s
     Raises:
         ValueError: If a name is unknown, a number out of range, or a schedule was made for another world size.
     """
+    check_schedule_name(schedule)
     if not isinstance(schedule, str):
-        if not isinstance(schedule, Schedule):
-            raise ValueError(
-                f"schedule={schedule!r} is no schedule: it needs `world_size`, `partition(step)` and"
-                f" `group(rank, step)`. HINT: use one of {', '.join(map(repr, SCHEDULE_NAMES))}."
-            )
         if schedule.world_size != world_size:
             raise ValueError(
                 f"schedule={schedule!r} is for {schedule.world_size} ranks but the world size is {world_size}."
                 f" HINT: make it for {world_size} ranks, or pass a name such as schedule='auto'."
             )
         return schedule
-    check_schedule_name(schedule)
     size = auto_group_size(world_size) if group_size == "auto" else check_group_size(group_size, world_size)
     if schedule == "shuffle":
         return ShuffleSchedule(world_size, size, seed)
@@ -263,8 +258,15 @@ def make_schedule(schedule: str | Schedule, world_size: int, group_size: int | s
 SCHEDULE_NAMES = ("auto", "grid", "shuffle", "topology")
 
 
-def check_schedule_name(name: str) -> None:
-    """Raise a ``ValueError`` unless ``name`` is a schedule that can be had."""
+def check_schedule_name(name: Any) -> None:
+    """Raise a ``ValueError`` unless ``name`` is that of a schedule that can be had, or a :class:`Schedule` itself."""
+    if not isinstance(name, str):
+        if not isinstance(name, Schedule):
+            raise ValueError(
+                f"schedule={name!r} is no schedule: it needs `world_size`, `partition(step)` and `group(rank, step)`."
+                f" HINT: use one of {', '.join(map(repr, SCHEDULE_NAMES))}."
+            )
+        return
     if name not in SCHEDULE_NAMES:
         raise ValueError(
             f"schedule={name!r} is unknown. HINT: use one of {', '.join(map(repr, SCHEDULE_NAMES))} or a Schedule."

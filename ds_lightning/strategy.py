@@ -79,8 +79,8 @@ class DSSyncStrategy(DDPStrategy):
             ``DistributedDataParallel`` itself have nothing to act on here and warn.
 
     Raises:
-        ValueError: For a bad option; on all ranks alike, and before any process group exists wherever ranks cannot
-            differ. Ranks whose models, schedules or options differ are told so after the first rendezvous.
+        ValueError: For a bad option; when the Trainer starts, on all ranks alike, for one that the world size rules
+            out (before any process group exists), and if ranks have different options, schedules, models or optimizers.
     """
 
     def __init__(
@@ -99,8 +99,7 @@ class DSSyncStrategy(DDPStrategy):
         _check_ddp_kwargs(ddp_kwargs)
         super().__init__(**ddp_kwargs)
         self.group_size = group_size if group_size == "auto" else _check_group_size(group_size)
-        if isinstance(schedule, str):
-            check_schedule_name(schedule)
+        check_schedule_name(schedule)
         self.schedule = schedule
         self.overlap = _check_bool("overlap", overlap)
         self.sync_every = positive_int("sync_every", sync_every)
@@ -121,9 +120,17 @@ class DSSyncStrategy(DDPStrategy):
     @override
     def setup_distributed(self) -> None:
         self.set_world_ranks()
-        if self.world_size > 1:  # raises on every rank alike, before any of them waits for another
-            self._schedule = self._make_schedule()
+        error = None
+        if self.world_size > 1:
+            try:
+                self._schedule = self._make_schedule()
+            except ValueError as e:
+                if isinstance(self.schedule, str):
+                    raise  # on every rank alike, before any of them waits for another
+                error = str(e)  # a schedule object may be wrong on one rank only, and the others must not wait for it
         super().setup_distributed()
+        if self.world_size > 1:
+            require_agreement("the strategy's options", self._options(), error)
 
     @override
     def configure_ddp(self) -> None:
@@ -134,17 +141,6 @@ class DSSyncStrategy(DDPStrategy):
             rank_zero_info("dssync: the world size is 1, so there is nothing to synchronize.")
             return
         assert self._schedule is not None
-        require_agreement(
-            "the strategy's options",
-            {
-                "group_size": self.group_size,
-                "overlap": self.overlap,
-                "sync_every": self.sync_every,
-                "wire_dtype": self.wire_dtype,
-                "average_gradients": self.average_gradients,
-                "average_optimizer_state": self.average_optimizer_state,
-            },
-        )
         for model in [module, *self._averaged_models()]:  # an average model is a copy of each rank's own first values
             broadcast_from_rank_0(model)
         if self._groups is None:
@@ -169,6 +165,24 @@ class DSSyncStrategy(DDPStrategy):
                 "average_gradients=True cannot be used with LBFGS: ranks evaluate their closures unequally often, so"
                 " they would wait for each other forever. HINT: use average_gradients=False."
             )
+        if self._groups is not None:
+            names = {p: name for name, p in trainer.lightning_module.named_parameters()}
+            optimized = [
+                (type(o).__name__, [[(names.get(p), [*p.shape]) for p in group["params"]] for group in o.param_groups])
+                for o in self.optimizers
+            ]
+            require_agreement("the optimizers' parameters", optimized)
+
+    def _options(self) -> dict[str, Any]:
+        """Those that must be the same on all ranks and that the schedule's partitions do not show."""
+        return {
+            "group_size": self.group_size,
+            "overlap": self.overlap,
+            "sync_every": self.sync_every,
+            "wire_dtype": self.wire_dtype,
+            "average_gradients": self.average_gradients,
+            "average_optimizer_state": self.average_optimizer_state,
+        }
 
     def _make_schedule(self) -> Schedule:
         schedule = make_schedule(self.schedule, self.world_size, self.group_size, self.seed)
@@ -360,10 +374,10 @@ class DSSyncStrategy(DDPStrategy):
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:
         super().load_optimizer_state_dict(checkpoint)
         saved = checkpoint.get(CHECKPOINT_KEY)
-        if saved is None or self._groups is None:
+        if saved is None:
             return
         self._positions, self.synchronizers = list(saved["positions"]), []
-        now = repr(self._groups.schedule)
+        now = "no schedule" if self._groups is None else repr(self._groups.schedule)
         if (saved["world_size"], saved["schedule"]) != (self.world_size, now):
             rank_zero_info(
                 f"dssync: resuming on {self.world_size} ranks with {now} a checkpoint of {saved['world_size']} ranks"
@@ -455,14 +469,15 @@ def _check_ddp_kwargs(ddp_kwargs: dict[str, Any]) -> None:
             " or use Lightning's DDPStrategy."
         )
     strategy = set(inspect.signature(DDPStrategy.__init__).parameters) - {"self", "kwargs"}
-    module = set(inspect.signature(DistributedDataParallel.__init__).parameters) - {"self", "module"}
-    if idle := sorted(module & set(ddp_kwargs)):
+    module = {k: p.default for k, p in inspect.signature(DistributedDataParallel).parameters.items() if k != "module"}
+    # LightningCLI passes every option that it knows, at its default.
+    if idle := sorted(k for k, value in ddp_kwargs.items() if k in module and value != module[k]):
         rank_zero_warn(
             f"dssync: {', '.join(idle)} of DistributedDataParallel {'has' if len(idle) == 1 else 'have'} no effect:"
             " gradients stay local, so nothing is wrapped. Unused parameters need no option."
         )
     own = set(inspect.signature(DSSyncStrategy.__init__).parameters) - {"self", "ddp_kwargs"}
-    if unknown := sorted(set(ddp_kwargs) - strategy - module):
+    if unknown := sorted(set(ddp_kwargs) - strategy - set(module)):
         close = get_close_matches(unknown[0], sorted(own | strategy), n=1)
         raise ValueError(
             f"{unknown[0]}={ddp_kwargs[unknown[0]]!r} is no option of DSSyncStrategy or DDPStrategy. HINT: "

@@ -224,7 +224,9 @@ class DSSynchronizer:
     def _launch_state(self, name: str, parameters: list[Tensor]) -> None:
         """Average the optimizer's state ``name`` over those members that have it (an unused parameter has none)."""
         states: list[Tensor | None] = [self.optimizer.state.get(p, {}).get(name) for p in parameters]
-        if self.optimizer.state and not any(name in state for state in self.optimizer.state.values()):
+        # Before the first update there are no states; a GradScaler may skip the first few, and some never have any.
+        told = self.optimizer.state or self._synchronizations == 10
+        if told and not any(name in state for state in self.optimizer.state.values()):
             known = sorted({key for state in self.optimizer.state.values() for key in state})
             self._warn_once(
                 f"average_optimizer_state={self.average_optimizer_state!r} has no effect for {name!r}:"
@@ -313,7 +315,7 @@ class DSSynchronizer:
 
 def check_state_names(names: Sequence[str]) -> tuple[str, ...]:
     """``average_optimizer_state`` as a tuple, or a ``ValueError`` if it is none or must not be averaged alone."""
-    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+    if isinstance(names, str) or not isinstance(names, Iterable) or not all(isinstance(name, str) for name in names):
         raise ValueError(
             f"average_optimizer_state={names!r} is not a sequence of names."
             " HINT: average_optimizer_state=('exp_avg_sq',)."
