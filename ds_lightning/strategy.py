@@ -377,11 +377,11 @@ class DSSyncStrategy(DDPStrategy):
         if saved is None:
             return
         self._positions, self.synchronizers = list(saved["positions"]), []
-        now = "no schedule" if self._groups is None else repr(self._groups.schedule)
+        now = "nothing to synchronize" if self._groups is None else repr(self._groups.schedule)
         if (saved["world_size"], saved["schedule"]) != (self.world_size, now):
             rank_zero_info(
-                f"dssync: resuming on {self.world_size} ranks with {now} a checkpoint of {saved['world_size']} ranks"
-                f" with {saved['schedule']}; the schedule goes on at the same step."
+                f"dssync: resuming a checkpoint of {saved['world_size']} ranks with {saved['schedule']} on"
+                f" {self.world_size} with {now}{'' if self._groups is None else ', which goes on at the same step'}."
             )
 
     def _averaged_models(self) -> list[Module]:

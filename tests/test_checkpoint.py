@@ -472,16 +472,20 @@ def test_resumes_at_another_world_size_with_one_info_line(tmp_path):
     path = plain_checkpoint(tmp_path, 4, "dssync")
     ranks = run_ranks(plain_fit_told, 2, str(tmp_path), 2, "dssync", 4, path)
     assert [line for lines, *_ in ranks for line in lines] == [
-        "dssync: resuming on 2 ranks with GridSchedule(world_size=2, group_size=2) a checkpoint of 4 ranks with"
-        " GridSchedule(world_size=4, group_size=2); the schedule goes on at the same step."
+        "dssync: resuming a checkpoint of 4 ranks with GridSchedule(world_size=4, group_size=2) on 2 with"
+        " GridSchedule(world_size=2, group_size=2), which goes on at the same step."
     ]
     for _, steps, values in ranks:
         assert steps == 6 + 2 * 6
         assert torch.equal(values, ranks[0][2])
-    # Nothing is said where nothing changed, or where "the world size is 1" is said already.
+    # Nothing is said where nothing changed.
     assert all(lines == [] for lines, *_ in run_ranks(plain_fit_told, 4, str(tmp_path), 4, "dssync", 3, path))
     ((lines, steps, _),) = run_ranks(plain_fit_told, 1, str(tmp_path), 1, "dssync", 4, path)
-    assert (lines, steps) == ([], 6 + 2 * 12)
+    assert steps == 6 + 2 * 12
+    assert lines == [
+        "dssync: resuming a checkpoint of 4 ranks with GridSchedule(world_size=4, group_size=2) on 1 with"
+        " nothing to synchronize."
+    ]
 
 
 def test_a_checkpoint_of_ddp_resumes_under_dssync(tmp_path):
