@@ -6,6 +6,7 @@ Importing this package registers the strategies ``dssync``, ``dssync_spawn``, ``
 from lightning.pytorch.strategies import StrategyRegistry
 
 from ds_lightning.callbacks import ConsensusMonitor as ConsensusMonitor
+from ds_lightning.groups import ScheduledGroups as ScheduledGroups
 from ds_lightning.schedule import GridSchedule as GridSchedule
 from ds_lightning.schedule import Schedule as Schedule
 from ds_lightning.schedule import ShuffleSchedule as ShuffleSchedule

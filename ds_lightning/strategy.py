@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from difflib import get_close_matches
 from typing import Any
 
 import lightning.pytorch as pl
@@ -25,12 +24,12 @@ from lightning.pytorch.trainer.states import TrainerStatus
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.nn import Module, SyncBatchNorm
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import LBFGS, Optimizer
 from typing_extensions import override
 
 from ds_lightning.consensus import broadcast_from_rank_0, consensus_of, consensus_of_optimizer_state
 from ds_lightning.groups import ScheduledGroups, require_agreement
+from ds_lightning.options import check_bool, check_ddp_kwargs, check_group_size_alone
 from ds_lightning.schedule import (
     GridSchedule,
     Schedule,
@@ -44,9 +43,6 @@ from ds_lightning.synchronizer import DSSynchronizer, Statistics, check_state_na
 from ds_lightning.wire import as_wire_dtype
 
 CHECKPOINT_KEY = "ds_lightning"
-
-# What DDPStrategy takes to change how gradients travel, which is what this strategy replaces.
-_REPLACED = ("ddp_comm_hook", "ddp_comm_state", "ddp_comm_wrapper", "model_averaging_period")
 
 
 class DSSyncStrategy(DDPStrategy):
@@ -96,15 +92,16 @@ class DSSyncStrategy(DDPStrategy):
         seed: int = 0,
         **ddp_kwargs: Any,
     ) -> None:
-        _check_ddp_kwargs(ddp_kwargs)
+        own = set(inspect.signature(DSSyncStrategy.__init__).parameters) - {"self", "ddp_kwargs"}
+        check_ddp_kwargs(ddp_kwargs, own)
         super().__init__(**ddp_kwargs)
-        self.group_size = group_size if group_size == "auto" else _check_group_size(group_size)
+        self.group_size = group_size if group_size == "auto" else check_group_size_alone(group_size)
         check_schedule_name(schedule)
         self.schedule = schedule
-        self.overlap = _check_bool("overlap", overlap)
+        self.overlap = check_bool("overlap", overlap)
         self.sync_every = positive_int("sync_every", sync_every)
         self.wire_dtype = as_wire_dtype(wire_dtype)
-        self.average_gradients = _check_bool("average_gradients", average_gradients)
+        self.average_gradients = check_bool("average_gradients", average_gradients)
         self.average_optimizer_state = check_state_names(average_optimizer_state)
         self.seed = as_int("seed", seed)
         self.synchronizers: list[DSSynchronizer] = []
@@ -396,25 +393,21 @@ class DSSyncStrategy(DDPStrategy):
         assert self.lightning_module is not None
         callbacks: list[Callback] = self.lightning_module.trainer.callbacks  # type: ignore[attr-defined]
         deciding = [c for c in callbacks if isinstance(c, EarlyStopping | ModelCheckpoint)]  # each by its rank's metric
-        mine = (
-            [{k: _on_cpu(v) for k, v in g.items() if k != "params"} for o in self.optimizers for g in o.param_groups],
-            [config.scheduler.state_dict() for config in self.lr_scheduler_configs],
-            [move_data_to_device(callback.state_dict(), torch.device("cpu")) for callback in deciding],
-        )
-        settings = [mine]
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        stateful = [*(config.scheduler for config in self.lr_scheduler_configs), *deciding]
+        mine = [{k: v for k, v in group.items() if k != "params"} for group in groups]
+        mine += [each.state_dict() for each in stateful]
+        settings = [move_data_to_device(mine, torch.device("cpu"))]  # rank 0's device is not every rank's
         dist.broadcast_object_list(settings, src=0)
-        groups = [group for o in self.optimizers for group in o.param_groups]
-        for group, values in zip(groups, settings[0][0], strict=True):
-            for name, value in values.items():
-                if isinstance(group.get(name), Tensor):
-                    group[name].copy_(value)
-                else:
-                    group[name] = value
-        for config, state in zip(self.lr_scheduler_configs, settings[0][1], strict=True):
-            config.scheduler.load_state_dict(state)
-        for callback, state in zip(deciding, settings[0][2], strict=True):
-            if not self.is_global_zero:
-                callback.load_state_dict(state)
+        if not self.is_global_zero:
+            for group, values in zip(groups, settings[0][: len(groups)], strict=True):
+                for name, value in values.items():
+                    if isinstance(group.get(name), Tensor):
+                        group[name].copy_(value)
+                    else:
+                        group[name] = value
+            for each, state in zip(stateful, settings[0][len(groups) :], strict=True):
+                each.load_state_dict(state)
         if self._scaler is not None:
             states = [self._scaler.state_dict()] * self.world_size
             dist.all_gather_object(states, self._scaler.state_dict())
@@ -446,10 +439,6 @@ class DSSyncStrategy(DDPStrategy):
                 )
 
 
-def _on_cpu(value: Any) -> Any:
-    return value.cpu() if isinstance(value, Tensor) else value
-
-
 def _describe(schedule: Schedule, period: int) -> str:
     sizes = sorted({len(group) for t in range(period) for group in schedule.partition(t)})
     groups = f"groups of {' and '.join(map(str, sizes))}"
@@ -459,45 +448,3 @@ def _describe(schedule: Schedule, period: int) -> str:
     steps = "step" if period == 1 else "steps"
     reached = f"exact consensus after {period} {steps}" if rate == 0 else f"consensus rate {rate:.3f} per step"
     return f"{schedule!r}, {groups}, {reached}"
-
-
-def _check_ddp_kwargs(ddp_kwargs: dict[str, Any]) -> None:
-    if given := [name for name in _REPLACED if ddp_kwargs.get(name) is not None]:
-        raise ValueError(
-            f"{given[0]}={ddp_kwargs[given[0]]!r} cannot be used with DSSyncStrategy, which averages parameters in the"
-            " place of DDP's gradients. HINT: for fewer bytes use wire_dtype, for averages further apart sync_every,"
-            " or use Lightning's DDPStrategy."
-        )
-    strategy = set(inspect.signature(DDPStrategy.__init__).parameters) - {"self", "kwargs"}
-    module = {k: p.default for k, p in inspect.signature(DistributedDataParallel).parameters.items() if k != "module"}
-    # LightningCLI passes every option that it knows, at its default.
-    if idle := sorted(k for k, value in ddp_kwargs.items() if k in module and value != module[k]):
-        rank_zero_warn(
-            f"dssync: {', '.join(idle)} of DistributedDataParallel {'has' if len(idle) == 1 else 'have'} no effect:"
-            " gradients stay local, so nothing is wrapped. Unused parameters need no option."
-        )
-    own = set(inspect.signature(DSSyncStrategy.__init__).parameters) - {"self", "ddp_kwargs"}
-    if unknown := sorted(set(ddp_kwargs) - strategy - set(module)):
-        close = get_close_matches(unknown[0], sorted(own | strategy), n=1)
-        raise ValueError(
-            f"{unknown[0]}={ddp_kwargs[unknown[0]]!r} is no option of DSSyncStrategy or DDPStrategy. HINT: "
-            + (f"did you mean {close[0]!r}?" if close else f"its own options are {', '.join(sorted(own))}.")
-        )
-
-
-def _check_group_size(group_size: Any) -> int:
-    """What can be said before the world size is known."""
-    if isinstance(group_size, str):
-        raise ValueError(
-            f"group_size={group_size!r} is neither an int nor 'auto'. HINT: use 'auto' or 2 to world size."
-        )
-    size = as_int("group_size", group_size)
-    if size < 1:
-        raise ValueError(f"group_size={size} is too small: groups have members. HINT: use 2 or more, or 'auto'.")
-    return size
-
-
-def _check_bool(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError(f"{name}={value!r} is not a bool. HINT: use {name}=True or {name}=False.")
-    return value

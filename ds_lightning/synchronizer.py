@@ -103,7 +103,9 @@ class DSSynchronizer:
         self.sync_every = positive_int("sync_every", sync_every)
         self.wire_dtype = as_wire_dtype(wire_dtype)
         self.average_optimizer_state = check_state_names(average_optimizer_state)
-        self.groups = groups or ScheduledGroups(make_schedule("auto", dist.get_world_size()))
+        if groups is None:
+            groups = ScheduledGroups(make_schedule("auto", dist.get_world_size()))
+        self.groups = groups
         self.buffers = buffers
         self.step = 0
         self.started = False

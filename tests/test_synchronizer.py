@@ -578,6 +578,32 @@ def test_a_lost_rank_ends_its_group_with_an_error_that_names_it():
     assert "Rank 2 could not average step 1 with ranks [3] within 0:00:03" in results[2].message
 
 
+class Alone:
+    """Rank 0 never averages."""
+
+    world_size, period = 3, 1
+
+    def partition(self, step):
+        return ((0,), (1, 2))
+
+    def group(self, rank, step):
+        return next(g for g in self.partition(step) if rank in g)
+
+
+def test_a_rank_may_be_alone():
+    def run(rank):
+        model = nn.Linear(2, 1)
+        model.weight.data.fill_(0.0)
+        groups = ScheduledGroups(Alone())
+        sync = DSSynchronizer(model, torch.optim.SGD(model.parameters(), 0.1), groups)
+        assert sync.groups is groups
+        model.weight.data.fill_(float(rank))
+        sync.synchronize()
+        return model.weight.data[0, 0].item()
+
+    assert run_ranks(run, 3) == [0.0, 1.5, 1.5]
+
+
 def test_groups_are_bounded():
     assert run_ranks(lambda rank: len(ScheduledGroups(GridSchedule(8, 2))), 8) == [3] * 8
     counts = run_ranks(lambda rank: len(ScheduledGroups(ShuffleSchedule(7, 2))), 7)
