@@ -236,18 +236,22 @@ def test_optimizer_states_are_averaged_over_those_who_have_them():
 
 
 def noise_run(rank, groups, steps, optimizer, overlap, gradients_only=False, average_gradients=False, **options):
-    """Gradients of pure noise: nothing but averaging holds the replicas together. Returns the consensus distances."""
+    """Gradients of pure noise: nothing but averaging holds the replicas together. Returns the consensus distances.
+
+    The noise has no mean over the ranks, so that the mean of the replicas stays where it is: what an 8-bit wire rounds
+    away is relative to it.
+    """
     torch.manual_seed(0)
     model = nn.Linear(80, 1, bias=False)
     opt = OPTIMIZERS[optimizer](model.parameters(), lr=0.01)
     sync = DSSynchronizer(model, opt, groups, **options)
-    generator = torch.Generator().manual_seed(rank)
+    generator = torch.Generator().manual_seed(0)
     distances = []
     for t in range(steps):
         if overlap and not gradients_only:
             sync.start()
-        for p in model.parameters():
-            p.grad = torch.randn(p.shape, generator=generator)
+        noise = torch.randn(dist.get_world_size(), 1, 80, generator=generator)
+        model.weight.grad = noise[rank] - noise.mean(0)
         if average_gradients or gradients_only:
             sync.average_gradients()
         if overlap and not gradients_only:
@@ -257,7 +261,7 @@ def noise_run(rank, groups, steps, optimizer, overlap, gradients_only=False, ave
             sync.step += 1
         elif not overlap:
             sync.synchronize()
-        if t % 10 == 9:
+        if t % 9 == 8:  # prime to the schedules' periods
             x = flat(model)
             mean = x.clone()
             dist.all_reduce(mean)
@@ -292,10 +296,10 @@ def test_consensus_distance_stays_bounded_in_every_configuration(schedule, optim
 
     results, gradients_only = run_ranks(run, schedule.world_size, timeout=280)[0]
     for configuration, distances in zip(CONFIGURATIONS, results, strict=True):
-        assert growth(distances) < 1.35, (configuration, distances)
-        assert distances[-1] < 0.5 * gradients_only[-1], configuration
+        assert growth(distances) < 1.1, (configuration, distances)
+        assert distances[-1] < 0.1 * gradients_only[-1], configuration
     # The trap: averaging gradients alone lets the replicas walk apart, as the root of time.
-    assert growth(gradients_only) > 1.5
+    assert growth(gradients_only) > 1.4
 
 
 def test_averaged_gradients_never_stand_in_for_parameters():
@@ -308,14 +312,14 @@ def test_averaged_gradients_never_stand_in_for_parameters():
         return both, noise_run(rank, groups, 500, "momentum", True, gradients_only=True)
 
     both, gradients_only = run_ranks(run, 4)[0]
-    assert growth(both) < 1.35
-    assert growth(gradients_only) > 1.5
-    assert gradients_only[-1] > 3 * max(both)
+    assert growth(both) < 1.1
+    assert growth(gradients_only) > 1.4
+    assert gradients_only[-1] > 10 * max(both)
 
 
 def growth(distances):
-    """Typical distance in the second half of 500 steps over that of steps 50 to 150."""
-    return median(distances[25:]) / median(distances[5:15])
+    """Typical distance in the second half of 500 steps over that of steps 50 to 180."""
+    return median(distances[28:]) / median(distances[5:20])
 
 
 # ---- what is sent -------------------------------------------------------------------------------------------------
