@@ -18,6 +18,8 @@ from ds_lightning import ConsensusMonitor, DSSyncStrategy
 from ds_lightning.callbacks import consensus_distance
 from tests.ranks import run_ranks
 
+pytestmark = pytest.mark.slow  # each takes seconds; together they would double `make check`
+
 KEYS = ["consensus_distance", "relative_consensus_distance", "seconds_waiting", "seconds_running"]
 KEYS = [f"dssync/{key}" for key in [*KEYS, "hidden_share", "bytes_sent"]]
 SIZE = 4 * (10 * 8 + 8 + 8 * 3)  # bytes of the parameters that train

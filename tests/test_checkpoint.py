@@ -32,6 +32,8 @@ from tests.ranks import run_ranks
 from tests.reference import flat
 from tests.test_synchronizer import OPTIMIZERS, batch, make_model
 
+pytestmark = pytest.mark.slow  # each takes seconds; together they would double `make check`
+
 BATCHES, EPOCHS = 5, 3  # an odd number, so that epochs end at odd positions of a period of two
 
 

@@ -135,6 +135,26 @@ def test_plain(optimizer):
     compare(partial(Net, optimizer), backward)
 
 
+class WithoutNorm(Net):
+    """DDP keeps no average of running statistics to compare with."""
+
+    def __init__(self):
+        super().__init__("sgd")
+        self.net = make_model(norm=False)
+
+
+def test_one_group_of_everybody_with_sgd_is_ddp():
+    def run(rank, strategy):
+        recorder = Recorder()
+        trainer = trainer_for(rank, [recorder], strategy)
+        trainer.fit(WithoutNorm(), DataLoader(RankData(rank, BATCHES), batch_size=None))
+        return recorder.values
+
+    dssync = DSSyncStrategy(group_size=WORLD, overlap=False, timeout=timedelta(seconds=20))
+    for one, other in zip(run_ranks(run, WORLD, dssync), run_ranks(run, WORLD, DDPStrategy()), strict=True):
+        assert all(relative_error(x, y) < 1e-6 for x, y in zip(one, other, strict=True))
+
+
 @pytest.mark.parametrize("strategy", [{"sync_every": 2}, {"average_gradients": True}], ids=repr)
 def test_options(strategy):
     compare(Net, backward, strategy)

@@ -15,6 +15,8 @@ from ds_lightning import ConsensusMonitor, DSSynchronizer, DSSyncStrategy, GridS
 from ds_lightning.groups import ScheduledGroups
 from tests.ranks import run_ranks
 
+pytestmark = pytest.mark.slow  # each takes seconds; together they would double `make check`
+
 
 class Model(BoringModel):
     """Ranks have gradients of their own; what the loss is does not matter."""
