@@ -21,14 +21,13 @@ class ScheduledGroups:
         schedule: Who averages with whom; must be the same on all ranks.
         timeout: How long a collective of these groups may take before it is an error. ``new_group`` does not inherit
             the default group's; ``None`` is torch's default for the backend.
-        backend: Backend of the groups; ``None`` is the default group's.
 
     Raises:
         ValueError: On every rank alike, if the schedule is malformed on any rank, or ranks have different ones.
         RuntimeError: If there is no default process group yet.
     """
 
-    def __init__(self, schedule: Schedule, timeout: timedelta | None = None, backend: str | None = None) -> None:
+    def __init__(self, schedule: Schedule, timeout: timedelta | None = None) -> None:
         if not dist.is_initialized():
             raise RuntimeError(
                 "ScheduledGroups needs a process group. HINT: call torch.distributed.init_process_group."
@@ -64,7 +63,7 @@ class ScheduledGroups:
             for members in (tuple(sorted(group)) for group in partition):
                 if len(members) > 1 and members not in seen:
                     seen.add(members)
-                    group = dist.new_group(list(members), timeout=timeout, backend=backend)
+                    group = dist.new_group(list(members), timeout=timeout)
                     if isinstance(group, dist.ProcessGroup):  # else this rank is no member
                         mine[members] = group
         own = [tuple(sorted(schedule.group(self.rank, t))) for t in range(period)]

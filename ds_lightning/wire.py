@@ -164,25 +164,24 @@ class RunningAverage:
         return self._clock.waited(), self._clock.ran()
 
 
-def exact_mean_(flat: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """Replace ``flat`` by its mean over ``group`` (default: all ranks), added in fp64 and rounded once.
+def exact_mean_(flat: Tensor) -> Tensor:
+    """Replace ``flat`` by its mean over all ranks, added in fp64 and rounded once.
 
     Equal values stay as they are, bit for bit, at any number of ranks, so a second call changes nothing. The bytes are
     those of a ring all-reduce in ``flat``'s dtype.
 
     Args:
         flat: 1-d floating values of the same length on all ranks; changed in place.
-        group: Process group; ``None`` is the default one, of all ranks.
     """
-    ranks = dist.get_world_size(group)
+    ranks = dist.get_world_size()
     row = -(-flat.numel() // ranks)
     padded = torch.nn.functional.pad(flat, (0, ranks * row - flat.numel())).view(ranks, row)
     raw = padded.view(torch.uint8)
     received = torch.empty_like(raw)
-    dist.all_to_all_single(received, raw, group=group)
+    dist.all_to_all_single(received, raw)
     mean = received.view(flat.dtype).sum(0, dtype=torch.float64).div_(ranks).to(flat.dtype)
     everyones = torch.empty_like(padded)
-    _all_gather(everyones.view(-1).view(torch.uint8), mean.view(torch.uint8), group=group)
+    _all_gather(everyones.view(-1).view(torch.uint8), mean.view(torch.uint8))
     return flat.copy_(everyones.view(-1)[: flat.numel()])
 
 
