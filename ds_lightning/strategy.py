@@ -333,7 +333,7 @@ class DSSyncStrategy(DDPStrategy):
         """Make every replica the exact global average of parameters and float buffers. Collective over all ranks.
 
         The strategy does it before validation, test and checkpoints and at the end of fit; call it in a callback of
-        yours, on all ranks, before anything else that looks at *the* model. No more than a no-op at world size 1.
+        yours, on all ranks, before anything else that looks at *the* model. A no-op at world size 1.
         """
         if self._groups is None:
             return

@@ -19,6 +19,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+# Arguments of a Trainer that writes and shows nothing.
+QUIET: dict[str, Any] = {
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+
 
 @dataclass
 class RankError:

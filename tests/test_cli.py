@@ -16,7 +16,7 @@ from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from omegaconf import OmegaConf
 
 from ds_lightning import ConsensusMonitor, DSSyncStrategy, GridSchedule, ShuffleSchedule
-from tests.ranks import run_ranks
+from tests.ranks import QUIET, run_ranks
 
 ROOT = Path(__file__).parents[1]
 NAMES = {"dssync": "popen", "dssync_spawn": "spawn", "dssync_fork": "fork", "dssync_notebook": "fork"}
@@ -213,10 +213,7 @@ def test_a_strategy_of_hydra_trains():
             devices=4,
             max_steps=4,
             limit_val_batches=0,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
+            **QUIET,
         )
         model = BoringModel()
         trainer.fit(model)

@@ -12,7 +12,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import nn
 
 from ds_lightning import DSSyncStrategy, GridSchedule, ShuffleSchedule
-from tests.ranks import run_ranks
+from tests.ranks import QUIET, run_ranks
 
 LIMIT = 5.0
 
@@ -24,10 +24,7 @@ def fit(model, world_size, steps=2, **options):
         devices=world_size,
         max_steps=steps,
         limit_val_batches=0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **QUIET,
     )
     trainer.fit(model)
     return trainer

@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset
 
 from ds_lightning import DSSyncStrategy, GridSchedule, ShuffleSchedule, mixing_matrix
-from tests.ranks import run_ranks
+from tests.ranks import QUIET, run_ranks
 from tests.reference import Reference, averaged, flat, mix, relative_error
 from tests.test_synchronizer import OPTIMIZERS, batch, make_model
 
@@ -79,11 +79,8 @@ def trainer_for(rank, callbacks=(), strategy=None, **kwargs):
             "accelerator": "cpu",
             "devices": dist.get_world_size() if dist.is_initialized() else WORLD,
             "max_epochs": 1,
-            "logger": False,
-            "enable_checkpointing": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
             "use_distributed_sampler": False,
+            **QUIET,
             **kwargs,
         },
         callbacks=list(callbacks),

@@ -13,7 +13,7 @@ from torch import nn
 
 from ds_lightning import ConsensusMonitor, DSSynchronizer, DSSyncStrategy, GridSchedule, ShuffleSchedule
 from ds_lightning.groups import ScheduledGroups
-from tests.ranks import run_ranks
+from tests.ranks import QUIET, run_ranks
 
 pytestmark = pytest.mark.slow  # each takes seconds; together they would double `make check`
 
@@ -69,10 +69,7 @@ def train(rank, world_size, options, steps=6):
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
         callbacks=[counter],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **QUIET,
     )
     model = Model()
     trainer.fit(model)
@@ -138,10 +135,7 @@ def test_one_rank_is_plain_training(options):
             limit_val_batches=1,
             val_check_interval=2,
             num_sanity_val_steps=0,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
+            **QUIET,
         )
         model = Model()
         trainer.fit(model)
