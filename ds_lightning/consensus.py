@@ -21,7 +21,7 @@ from ds_lightning.groups import require_agreement
 from ds_lightning.wire import by_dtype, distinct, exact_mean_, is_averaged, split
 
 # Values that travel at a time: bounds the memory to a few times this (or the largest tensor).
-_CHUNK = 1 << 23
+_CHUNK = 1 << 20
 
 _OTHER, _HISTORY = "other", "history"
 
@@ -37,9 +37,17 @@ def broadcast_from_rank_0(module: Module) -> None:
     named = [*module.named_parameters(), *module.named_buffers()]
     lazy = [name for name, t in named if isinstance(t, UninitializedParameter | UninitializedBuffer)]
     error = f"parameters {lazy} have no shape yet. HINT: run one batch through the model first." if lazy else None
-    layout = [] if lazy else [f"{n} {[*t.shape]} {t.dtype} requires_grad={t.requires_grad}" for n, t in named]
+    # Values travel as they lie in memory, for instance in channels-last order.
+    layout = (
+        [] if lazy else [f"{n} {[*t.shape]} {t.dtype} requires_grad={t.requires_grad}{_order(t)}" for n, t in named]
+    )
     require_agreement("the model's parameters and buffers", layout, error)
     _broadcast(t for _, t in named)
+
+
+def _order(tensor: Tensor) -> str:
+    ordinary = tensor.layout != torch.strided or tensor.is_contiguous()
+    return "" if ordinary else f" strides={[*tensor.stride()]}"
 
 
 @torch.no_grad()

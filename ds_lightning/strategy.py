@@ -208,7 +208,7 @@ class DSSyncStrategy(DDPStrategy):
             sync_every=self.sync_every,
             wire_dtype=self.wire_dtype,
             average_optimizer_state=self.average_optimizer_state,
-            buffers=index == 0,
+            index=index,
             broadcast=False,
         )
         if index < len(self._positions):
@@ -239,11 +239,12 @@ class DSSyncStrategy(DDPStrategy):
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         assert self.lightning_module is not None
         automatic = self._groups is not None and self.lightning_module.automatic_optimization
-        if automatic and self.overlap and not self._stepping:
-            # With gradient accumulation the average has all micro-batches of the step to hide in.
-            synchronizer = self._synchronizer(self.optimizers[0])
-            if not synchronizer.started:
-                synchronizer.start()
+        if self._groups is not None and self.overlap and not self._stepping:
+            # With gradient accumulation the average has all micro-batches of the step to hide in. Of several optimizers
+            # (manual optimization) one may step later: until then nothing else changes its parameters.
+            for synchronizer in [self._synchronizer(self.optimizers[0])] if automatic else self.synchronizers:
+                if not synchronizer.started:
+                    synchronizer.start()
         output = super().training_step(*args, **kwargs)
         self._no_loss = automatic and output is None
         if self._no_loss:
@@ -338,6 +339,8 @@ class DSSyncStrategy(DDPStrategy):
         if self._groups is None:
             return
         assert self.lightning_module is not None
+        for synchronizer in self.synchronizers:
+            synchronizer.discard()
         consensus_of([self.lightning_module, *self._averaged_models()])
         for synchronizer in self.synchronizers:
             synchronizer.on_consensus()

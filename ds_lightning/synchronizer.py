@@ -6,8 +6,11 @@ In matrix form, with row i of X the parameters of rank i, U the optimizer's upda
     X <- W_t (X - lr U(X))      the paper's order: `optimizer.step()`, then `synchronize()`
     X <- W_t X - lr U(X)        overlapped: `start()`, forward, backward, `finish()`, `optimizer.step()`
 
-Three phases, in these words everywhere: **pack** the tensors into a flat copy, **average** it in the group,
-**apply** the difference ``average - packed copy``.
+With ``sync_every=k`` one overlapped average has k steps to travel in: it is packed at the beginning of the first and
+applied before the update of the last, ``X <- W X - lr (U_1 + ... + U_k)``.
+
+Four phases, in these words everywhere (the profiler shows them as ``dssync: pack`` and so on): **pack** the tensors
+into the wire's dtype, **average** in the group, **wait** for it, **apply** the difference ``average - packed copy``.
 """
 
 from __future__ import annotations
@@ -17,7 +20,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import astuple, dataclass
 from functools import partial
 from itertools import chain
-from typing import TypeVar
+from operator import attrgetter, itemgetter, methodcaller
+from typing import Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -27,10 +31,19 @@ from torch.optim import Optimizer
 
 from ds_lightning.consensus import broadcast_from_rank_0, consensus_of, consensus_of_optimizer_state
 from ds_lightning.groups import ScheduledGroups
-from ds_lightning.schedule import make_schedule, positive_int
-from ds_lightning.wire import RunningAverage, as_real, as_wire_dtype, by_dtype, flatten, is_averaged, split
+from ds_lightning.lanes import Clock, Lane, make_lane
+from ds_lightning.payload import Payload
+from ds_lightning.rows import TouchedRows, is_table
+from ds_lightning.schedule import Group, make_schedule, positive_int
+from ds_lightning.wire import as_real, as_wire_dtype, by_dtype, flatten, is_averaged, split
 
 T = TypeVar("T")
+
+# Loops over all parameters run at every step: in C.
+_PARAMETERS, _TRAINABLE, _VALUES = itemgetter("params"), attrgetter("requires_grad"), methodcaller("values")
+
+# Channels of the payloads that may be under way together; parameters have those from 1.
+_BUFFERS, _GRADIENTS, _ROWS, _STATES = 1 << 8, 1 << 9, 1 << 10, 1 << 11
 
 
 @dataclass(frozen=True)
@@ -67,19 +80,22 @@ class DSSynchronizer:
     call these methods equally often; which parameters had gradients, or whether a step was skipped, does not matter.
 
     Sent are the optimizer's parameters that require gradients (or did since the last consensus point) and all float
-    buffers of ``module``. Parameters may be added to the optimizer at any time, on all ranks alike.
+    buffers of ``module``; of embeddings with ``sparse=True`` only the rows that somebody touched (``rows.py``).
+    Parameters may be added to the optimizer at any time, on all ranks alike. The buffers of a submodule that is added
+    later are averaged from the next change of the parameters or consensus point on.
 
     Args:
         module: The model.
         optimizer: Its optimizer. With several optimizers make one synchronizer for each, with the same ``groups``:
             each counts its own steps, so that every set of parameters meets every group of the schedule.
         groups: Process groups of a schedule; default: those of ``make_schedule("auto", world_size)``.
-        sync_every: Optimizer steps between synchronizations.
+        sync_every: Optimizer steps between synchronizations; between :meth:`start` and :meth:`finish` one travels for
+            all of them.
         wire_dtype: dtype in which parameters are sent: ``None`` (as stored), ``"fp32"``, ``"bf16"``, ``"fp16"``,
             ``"int8"`` or the torch dtype. Buffers, gradients and optimizer states always travel as stored: rounding
             could turn a small variance negative.
         average_optimizer_state: Names of optimizer states that are averaged too, such as ``("exp_avg_sq",)``.
-        buffers: Whether this synchronizer averages the float buffers; of several, one does.
+        index: Which one it is of several optimizers of ``module``; the first (0) averages the float buffers, too.
         broadcast: Whether to check that all ranks have the same model, and to start from rank 0's.
 
     Raises:
@@ -95,7 +111,7 @@ class DSSynchronizer:
         sync_every: int = 1,
         wire_dtype: str | torch.dtype | None = None,
         average_optimizer_state: Sequence[str] = (),
-        buffers: bool = True,
+        index: int = 0,
         broadcast: bool = True,
     ) -> None:
         self.module = module
@@ -106,14 +122,19 @@ class DSSynchronizer:
         if groups is None:
             groups = ScheduledGroups(make_schedule("auto", dist.get_world_size()))
         self.groups = groups
-        self.buffers = buffers
+        self.index = index
         self.step = 0
         self.started = False
         self.timed = False
         self._synchronizations = self._bytes_sent = 0
         self._seconds_waiting = self._seconds_running = 0.0
-        self._running: list[tuple[RunningAverage, Callable[[Tensor], None]]] = []
-        self._finished: list[RunningAverage] = []  # timed, but the time not read yet: that may block a CUDA host
+        self._lane: Lane | None = None
+        self._running: list[tuple[_Average, Callable[[], None] | None]] = []
+        self._clocks: list[Clock] = []  # not read yet: that may block a CUDA host
+        self._laid_out: object = None
+        self._parameters: list[Tensor] = []
+        self._values: list[_Average] = []
+        self._rows: list[TouchedRows] = []
         self._sent_since_consensus: set[Tensor] = set()
         self._warned: set[str] = set()
         if broadcast:
@@ -123,7 +144,7 @@ class DSSynchronizer:
 
     @property
     def due(self) -> bool:
-        """Whether the current step synchronizes: every ``sync_every``-th does."""
+        """Whether the current step applies an average: every ``sync_every``-th does."""
         return (self.step + 1) % self.sync_every == 0
 
     @property
@@ -131,49 +152,124 @@ class DSSynchronizer:
         """Synchronizations so far, and so the schedule's step: with ``sync_every > 1`` steps would skip partitions."""
         return self.step // self.sync_every
 
-    @torch.no_grad()
     def start(self) -> None:
-        """Pack, and start the averages of this step's group; returns at once."""
-        self.discard()
+        """Pack, and start the averages of this step's group; returns at once. Of a round, the first step does it."""
         self.started = True
-        if not self.due or self.groups.at(self.round)[1] is None:
-            return
-        parameters = [p for p in _parameters(self.optimizer) if p.requires_grad or p in self._sent_since_consensus]
-        self._sent_since_consensus.update(parameters)
-        for dtype, tensors in by_dtype(parameters):
-            self._launch(flatten(tensors), self.wire_dtype or dtype, partial(_add_to_tensors, tensors))
-        if self.buffers:
-            for dtype, tensors in by_dtype(_float_buffers(self.module)):
-                packed = flatten(tensors)
-                self._launch(packed, dtype, partial(_add_to_buffers, self.module, dtype, packed))
-        for name in self.average_optimizer_state:
-            for _, same in _same_dtype(parameters):
-                self._launch_state(name, same)
-        self._synchronizations += 1
+        if self.step % self.sync_every == 0:
+            self._lay_out()
+            self._launch_values()
+        if self.due:
+            self._launch_others()
 
-    @torch.no_grad()
     def finish(self) -> None:
         """Wait for the averages that :meth:`start` began, apply them, and go on to the next step.
+
+        Of a round, the last step does it.
 
         Raises:
             RuntimeError: If a member failed or did not come within the groups' timeout; names step and ranks.
         """
-        running = self._running
-        self.discard()
-        for average, apply in running:
-            apply(self._or_explain(average.wait))
-            if self.timed:
-                self._finished.append(average)
-        self.step += 1
+        if self.due:
+            self._finish()
+        for rows in self._rows:
+            rows.touch(self.optimizer)  # by the update that follows
+        self.step, self.started = self.step + 1, False
 
     def synchronize(self) -> None:
         """Average now, in the paper's order: call it after ``optimizer.step()``."""
-        self.start()
-        self.finish()
+        self._lay_out()
+        for rows in self._rows:
+            rows.touch(self.optimizer)
+        if self.due:
+            self._launch_values()
+            self._launch_others()
+            if self._lane is not None and self._lane.clock is not None:
+                self._lane.clock.exposed = True
+            self._finish()
+        self.step, self.started = self.step + 1, False
 
     def discard(self) -> None:
-        """Forget averages under way: after an exception, or because all replicas have become equal meanwhile."""
-        self._running, self.started = [], False
+        """Forget averages under way, after an exception or because all replicas become equal, and free the buffers."""
+        for rows in self._rows:
+            rows.touch_all()
+        self._running, self._values, self._laid_out, self.started = [], [], None, False
+
+    @torch.no_grad()
+    def _launch_values(self) -> None:
+        """Parameters and buffers: what the first step of a round sends."""
+        if self.groups.at(self.round)[1] is None:
+            return
+        self._synchronizations += 1
+        for average in self._values:
+            self._launch(average)
+
+    @torch.no_grad()
+    def _launch_others(self) -> None:
+        """What every update changes in its own way, and so is sent and applied in one step: states and touched rows."""
+        if self.groups.at(self.round)[1] is None:
+            return
+        for name in self.average_optimizer_state:
+            for _, same in _same_dtype(self._averaged()):
+                self._launch_state(name, same)
+        for rows in self._rows:
+            self._launch(rows)
+
+    def _launch(self, average: _Average, then: Callable[[], None] | None = None) -> None:
+        members, group = self.groups.at(self.round)
+        assert group is not None
+        if self._lane is None:
+            self._lane = make_lane(_parameters(self.optimizer)[0].device, group)
+        if self.timed and self._lane.clock is None:
+            self._lane.clock = self._lane.new_clock()
+        self._or_explain(partial(average.start, members, group, self._lane))
+        self._running.append((average, then))
+
+    @torch.no_grad()
+    def _finish(self) -> None:
+        """Of what is under way."""
+        running, self._running = self._running, []
+        for average, then in running:
+            self._or_explain(average.finish)
+            self._bytes_sent += average.bytes_sent
+            if then is not None:
+                then()
+        if self._lane is not None and self._lane.clock is not None:
+            self._clocks.append(self._lane.clock)
+            self._lane.clock = None
+
+    def _lay_out(self) -> None:
+        """Make the buffers anew if parameters are others than before, were frozen, or lie elsewhere in memory."""
+        if self._running:
+            self.discard()
+        now = [*chain.from_iterable(map(_PARAMETERS, self.optimizer.param_groups))]
+        laid_out = [*map(id, now)], [*map(_TRAINABLE, now)], [*map(Tensor.data_ptr, now)]
+        if laid_out == self._laid_out:
+            return
+        self._laid_out, self._parameters = laid_out, now
+        averaged = self._averaged()
+        self._sent_since_consensus.update(averaged)
+        row_wise = {m.weight for m in self.module.modules() if is_table(m)}
+        dense = by_dtype(p for p in averaged if p not in row_wise)
+        self._values = [
+            Payload(same, self.wire_dtype or dtype, self._channel(i)) for i, (dtype, same) in enumerate(dense, 1)
+        ]
+        if self.index == 0:
+            self._values.append(_Buffers(self.module, self._channel(_BUFFERS)))
+        tables = _same_dtype(p for p in dict.fromkeys(averaged) if p in row_wise)
+        if [*map(id, chain.from_iterable(same for _, same in tables))] != [id(t) for r in self._rows for t in r.tables]:
+            known, self._rows = bool(self._rows), []
+            for i, (dtype, same) in enumerate(tables):
+                rows = TouchedRows(same, self.wire_dtype or dtype, self.groups.schedule, self._channel(_ROWS + i))
+                if known:
+                    rows.touch_all()
+                self._rows.append(rows)
+
+    def _channel(self, kind: int) -> int:
+        """Optimizers may be under way together."""
+        return (self.index % 16 << 12) + kind
+
+    def _averaged(self) -> list[Tensor]:
+        return [p for p in self._parameters if p.requires_grad or p in self._sent_since_consensus]
 
     @torch.no_grad()
     def average_gradients(self, scale: float = 1.0) -> None:
@@ -200,28 +296,23 @@ class DSSynchronizer:
             gradients = [as_real(torch.zeros_like(p) if p.grad is None else p.grad) for p in parameters]
             own = flatten(gradients).div_(scale)
             here = own.new_tensor([p.grad is not None for p in parameters])
-            difference = self._average_now(torch.cat([own, here]), dtype)
-            averages = split((own + difference[: own.numel()]).mul_(scale), gradients)
-            anywhere = (here + difference[own.numel() :]).tolist()
-            for p, average, share in zip(parameters, averages, anywhere, strict=True):
+            average = self._average_now(torch.cat([own, here]), dtype)
+            averages = split(average[: own.numel()].mul_(scale), gradients)
+            anywhere = average[own.numel() :].tolist()
+            for p, mean, share in zip(parameters, averages, anywhere, strict=True):
                 if share > 0.5 / len(members):
                     p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-                    as_real(p.grad).copy_(average)
-
-    def _launch(self, flat: Tensor, wire: torch.dtype, apply: Callable[[Tensor], None]) -> None:
-        members, group = self.groups.at(self.round)
-        assert group is not None
-        average = self._or_explain(lambda: RunningAverage(flat, members, group, wire, self.timed))
-        self._bytes_sent += average.bytes_sent
-        self._running.append((average, apply))
+                    as_real(p.grad).copy_(mean)
 
     def _average_now(self, flat: Tensor, wire: torch.dtype) -> Tensor:
-        self._launch(flat, wire, lambda _: None)
+        """Average gradients, while parameters may be under way."""
+        running, self._running = self._running, []
+        self._launch(Payload([flat], wire, self._channel(_GRADIENTS)))
         average, _ = self._running.pop()
-        difference = self._or_explain(average.wait)
-        if self.timed:
-            self._finished.append(average)
-        return difference
+        self._running = running
+        self._or_explain(average.finish)
+        self._bytes_sent += average.bytes_sent
+        return flat
 
     def _launch_state(self, name: str, parameters: list[Tensor]) -> None:
         """Average the optimizer's state ``name`` over those members that have it (an unused parameter has none)."""
@@ -242,16 +333,15 @@ class DSSynchronizer:
                 )
         values = [as_real(torch.zeros_like(p) if s is None else s) for p, s in zip(parameters, states, strict=True)]
         own = flatten(values)
-        here = own.new_tensor([state is not None for state in states])
+        flat = torch.cat([own, own.new_tensor([state is not None for state in states])])
 
-        def apply(difference: Tensor) -> None:
-            shares = here + difference[own.numel() :]
-            averages = split(own + difference[: own.numel()], values)
+        def apply() -> None:
+            averages, shares = split(flat[: own.numel()], values), flat[own.numel() :]
             for state, value, average, share in zip(states, values, averages, shares, strict=True):
                 if state is not None:
                     value.copy_(average / share)
 
-        self._launch(torch.cat([own, here]), own.dtype, apply)
+        self._launch(Payload([flat], flat.dtype, self._channel(_STATES + len(self._running))), apply)
 
     def _warn_once(self, message: str) -> None:
         if message not in self._warned and self.groups.rank == 0:
@@ -282,12 +372,15 @@ class DSSynchronizer:
         Args:
             more: Further modules to average, such as an EMA of the model; they must be there on all ranks.
         """
+        self.discard()
         consensus_of([self.module, *more])
         self.on_consensus()
 
     def on_consensus(self) -> None:
         """All replicas are equal now: what was packed before, or frozen since, need not be averaged any more."""
         self.discard()
+        for rows in self._rows:
+            rows.agreed()
         self._sent_since_consensus.clear()
 
     def consensus_of_optimizer_state(self) -> None:
@@ -307,11 +400,10 @@ class DSSynchronizer:
     @property
     def statistics(self) -> Statistics:
         """What it cost so far. Reading it waits for the running collectives on CUDA."""
-        for average in self._finished:
-            waited, ran = average.seconds()
+        clocks, self._clocks = self._clocks, []
+        for waited, ran in (clock.seconds() for clock in clocks):
             self._seconds_waiting += waited
             self._seconds_running += ran
-        self._finished = []
         return Statistics(self._synchronizations, self._bytes_sent, self._seconds_waiting, self._seconds_running)
 
 
@@ -342,27 +434,70 @@ def _same_dtype(parameters: Iterable[Tensor]) -> list[tuple[torch.dtype, list[Te
     return list(result.items())
 
 
-def _float_buffers(module: Module) -> list[Tensor]:
-    return [buffer for buffer in module.buffers() if is_averaged(buffer)]
+class _Average(Protocol):
+    """What is averaged, of whatever kind."""
+
+    bytes_sent: int
+
+    def start(self, members: Group, group: dist.ProcessGroup, lane: Lane) -> None:
+        """Pack, and start the average."""
+
+    def finish(self) -> None:
+        """Wait for it and apply it."""
 
 
-def _add_to_tensors(tensors: list[Tensor], difference: Tensor) -> None:
-    torch._foreach_add_(tensors, split(difference, tensors))
+class _Buffers:
+    """The float buffers of a module, which a forward pass may update meanwhile, or replace by others."""
 
+    def __init__(self, module: Module, channel: int) -> None:
+        self._owners = [m._buffers for m in module.modules()]
+        self._channel = channel
+        self._now: list[Tensor | None] = []
+        self._floats: list[Tensor] = []
+        self._seen: object = None
+        self._by_dtype: list[tuple[torch.dtype, list[Tensor]]] = []
+        self._variances: list[Tensor] = []
+        self._packed: list[list[torch.Size]] = []
+        self._flat: list[tuple[Tensor, list[Tensor], Payload]] = []
+        self.bytes_sent = 0
 
-def _add_to_buffers(module: Module, dtype: torch.dtype, packed: Tensor, difference: Tensor) -> None:
-    """Add the difference to float buffers, which a forward pass may meanwhile have updated, or replaced."""
-    tensors = dict(by_dtype(_float_buffers(module)))[dtype]
-    current = flatten(tensors)
-    if current.shape != packed.shape:
-        raise RuntimeError(
-            f"The {dtype} buffers changed size between start and finish of a synchronization ({packed.numel()} to"
-            f" {current.numel()} values). HINT: use overlap=False, or register buffers before training."
-        )
-    # Where everybody has the same infinity (a mask), the difference is NaN and there is nothing to add.
-    result = torch.where(current.isinf() & difference.isnan(), current, current + difference)
-    torch._foreach_copy_(tensors, split(result, tensors))
-    # A variance that shrank meanwhile must not be pushed below zero by the difference of its older value.
-    variances = [b for name, b in module.named_buffers() if name.endswith("running_var") and b.dtype == dtype]
-    if variances:
-        torch._foreach_clamp_min_(variances, 0.0)
+    def start(self, members: Group, group: dist.ProcessGroup, lane: Lane) -> None:
+        if self._look() != self._packed:
+            self._packed, self._flat = self._look(), []
+            for i, (dtype, tensors) in enumerate(self._by_dtype):
+                flat = flatten(tensors)
+                self._flat.append((flat, split(flat, tensors), Payload([flat], dtype, self._channel + i)))
+        self.bytes_sent = 0
+        for (_, tensors), (_, views, payload) in zip(self._by_dtype, self._flat, strict=True):
+            torch._foreach_copy_(views, tensors)
+            payload.start(members, group, lane)
+            self.bytes_sent += payload.bytes_sent
+
+    def finish(self) -> None:
+        if self._look() != self._packed:
+            raise ValueError(
+                f"Buffers changed size between start and finish of a synchronization ({self._packed} to"
+                f" {self._look()}). HINT: use overlap=False, or register buffers before training."
+            )
+        for (_, tensors), (flat, views, payload) in zip(self._by_dtype, self._flat, strict=True):
+            flat.zero_()  # it is packed: what comes back is the difference alone
+            payload.finish()
+            # Where everybody has the same infinity (a mask), the difference is NaN and there is nothing to add.
+            flat.nan_to_num_(0.0, torch.inf, -torch.inf)
+            torch._foreach_add_(tensors, views)
+        # A variance that shrank meanwhile must not be pushed below zero by the difference of its older value.
+        if self._variances:
+            torch._foreach_clamp_min_(self._variances, 0.0)
+
+    def _look(self) -> list[list[torch.Size]]:
+        """Take note of the buffers as they are now; returns their shapes, by dtype."""
+        now = [*chain.from_iterable(map(_VALUES, self._owners))]
+        seen = [*map(id, now)], [*map(Tensor.data_ptr, self._floats)]
+        if seen != self._seen:
+            self._now = now  # an id is one's own as long as its object lives
+            self._floats = [b for b in now if b is not None and is_averaged(b)]
+            self._by_dtype = by_dtype(self._floats)
+            named = chain.from_iterable(owner.items() for owner in self._owners)
+            self._variances = [b for name, b in named if name.endswith("running_var") and b is not None]
+            self._seen = seen[0], [*map(Tensor.data_ptr, self._floats)]
+        return [[t.shape for t in tensors] for _, tensors in self._by_dtype]

@@ -1,17 +1,7 @@
-"""How the average of a flat tensor travels: all-reduced, or as rounded copies that are added in full precision.
-
-Both give the same thing: ``average - Q(own)``, the *difference* to add to one's own values, where ``Q`` is the rounding
-of the wire. Adding it, instead of overwriting, keeps the sum over the members for any ``Q``::
-
-    sum_i (x_i + mean_j Q(x_j) - Q(x_i)) = sum_i x_i
-
-An all-reduce *in* a low precision would add in it as well, and its rounding error hits all members alike: the mean
-walks away. So only fp32 and fp64 are all-reduced; anything shorter is exchanged and added up in fp32.
-"""
+"""The dtypes of the wire and how values are rounded to them; the exact average; lists of tensors as flat ones."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -19,8 +9,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from typing_extensions import override
-
-from ds_lightning.schedule import Group
 
 # torch 2.14 renamed it, and warns of the old name at every call.
 _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
@@ -44,24 +32,60 @@ def as_wire_dtype(wire_dtype: Any) -> torch.dtype | None:
     return dtype
 
 
-class Codec:
-    """Rounds values to the bytes of a floating dtype and back, row by row."""
+class Code:
+    """Rounded values in raw bytes: one part for each thing a codec stores, with so many elements per value.
 
-    block = 1  # rows are a multiple of this long
+    Args:
+        codec: Says what is stored.
+        raw: uint8 of ``codec.nbytes(n)``.
+        n: Number of values, a multiple of ``codec.block``.
+    """
+
+    def __init__(self, codec: Codec, raw: Tensor, n: int) -> None:
+        self.parts = codec.parts(raw, n)
+        self._n = n
+
+    def part(self, start: int, stop: int) -> Code:
+        """The code of the values from ``start`` to ``stop``, both multiples of the block."""
+        code = Code.__new__(Code)
+        code.parts = tuple(
+            part[start * part.numel() // self._n : stop * part.numel() // self._n] for part in self.parts
+        )
+        code._n = stop - start
+        return code
+
+
+class Codec:
+    """Rounds values to a floating dtype and back, into buffers that are there already.
+
+    Values and codes may lie on different devices (gloo sends from the host).
+    """
+
+    block = 1  # values that are rounded together
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
+        # A plain copy rounds; but fp16 would make infinities of large values.
+        self.direct = dtype != torch.float16
 
-    def encode(self, values: Tensor) -> Tensor:
-        """Values of shape (..., n) as uint8 of shape (..., m)."""
-        if self.dtype == torch.float16:
+    def nbytes(self, n: int) -> int:
+        """Bytes of the code of ``n`` values."""
+        return n * self.dtype.itemsize
+
+    def parts(self, raw: Tensor, n: int) -> tuple[Tensor, ...]:
+        """Typed views of a code's bytes."""
+        return (raw.view(self.dtype),)
+
+    def encode(self, values: Tensor, code: Code) -> None:
+        """Round 1-d values into ``code``; what they are afterwards is undefined."""
+        if not self.direct:
             # Any rounding keeps the mean, also clipping to what fp16 can hold; infinity would not.
-            values = values.clamp(-65504.0, 65504.0)
-        return values.to(self.dtype).contiguous().view(torch.uint8)
+            values.clamp_(-65504.0, 65504.0)
+        code.parts[0].copy_(values)
 
-    def decode(self, code: Tensor, dtype: torch.dtype) -> Tensor:
-        """uint8 of shape (..., m) as values of shape (..., n) in ``dtype``."""
-        return code.view(self.dtype).to(dtype)
+    def decode(self, code: Code, out: Tensor) -> None:
+        """The rounded values."""
+        out.copy_(code.parts[0])
 
 
 class Int8Codec(Codec):
@@ -71,97 +95,45 @@ class Int8Codec(Codec):
 
     def __init__(self) -> None:
         super().__init__(torch.int8)
+        self.direct = False
+        self._scratch = torch.empty(0)
 
     @override
-    def encode(self, values: Tensor) -> Tensor:
-        blocks = values.float().unflatten(-1, (-1, self.block))
-        scale = blocks.abs().amax(-1, keepdim=True) / 127
-        # A block of zeros has scale 0 and stays zero. A NaN or infinity makes its block NaN, as it should be seen.
-        levels = torch.where(scale == 0, 0.0, blocks / scale).nan_to_num(0.0).round().clamp(-127, 127).to(torch.int8)
-        return torch.cat([levels.flatten(-2).view(torch.uint8), scale.flatten(-2).contiguous().view(torch.uint8)], -1)
+    def nbytes(self, n: int) -> int:
+        return n + n // self.block * 4
 
     @override
-    def decode(self, code: Tensor, dtype: torch.dtype) -> Tensor:
-        blocks = code.shape[-1] // (self.block + 4)
-        levels, scale = code.split([blocks * self.block, blocks * 4], -1)
-        scale = scale.contiguous().view(torch.float32).unsqueeze(-1)
-        values: Tensor = levels.contiguous().view(torch.int8).unflatten(-1, (-1, self.block)) * scale
-        return values.flatten(-2).to(dtype)
+    def parts(self, raw: Tensor, n: int) -> tuple[Tensor, ...]:
+        return raw[:n].view(torch.int8), raw[n:].view(torch.float32)
+
+    @override
+    def encode(self, values: Tensor, code: Code) -> None:
+        levels, scales = code.parts
+        scale, magnitudes = self._room(values)
+        blocks = values.view(-1, self.block)
+        torch.amax(torch.abs(values, out=magnitudes).view(-1, self.block), 1, out=scale)
+        scales.copy_(scale.div_(127))
+        # A block of zeros stays zero. A NaN or infinity makes its block's scale one, as it should be seen.
+        blocks.mul_(scale.clamp_min_(torch.finfo(torch.float32).tiny).reciprocal_().unsqueeze(-1))
+        levels.copy_(values.round_())
+
+    @override
+    def decode(self, code: Code, out: Tensor) -> None:
+        levels, scales = code.parts
+        scale, _ = self._room(out)
+        out.copy_(levels).view(-1, self.block).mul_(scale.copy_(scales).unsqueeze(-1))
+
+    def _room(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Scratch for the scales and magnitudes of so many values, made once."""
+        n, blocks = values.numel(), values.numel() // self.block
+        if self._scratch.numel() < n + blocks:
+            self._scratch = values.new_empty(n + blocks)
+        return self._scratch[:blocks], self._scratch[blocks : blocks + n]
 
 
-def codec_for(dtype: torch.dtype) -> Codec | None:
-    """The codec of a wire dtype, or ``None`` where an all-reduce in that dtype adds precisely enough."""
-    if dtype in (torch.float32, torch.float64):
-        return None
+def codec_for(dtype: torch.dtype) -> Codec:
+    """The codec of a wire dtype."""
     return Int8Codec() if dtype == torch.int8 else Codec(dtype)
-
-
-class RunningAverage:
-    """The average of ``flat`` over a group, under way. Created on all members; :meth:`wait` gives the difference.
-
-    Args:
-        flat: 1-d values, fp32 or fp64, of the same length on all members; must not change before :meth:`wait`.
-        members: Ranks of the group.
-        group: Their process group.
-        wire: dtype to send in: ``flat.dtype`` or one of ``WIRE_DTYPES``.
-        timed: Whether :meth:`seconds` will be asked for.
-    """
-
-    def __init__(
-        self, flat: Tensor, members: Group, group: dist.ProcessGroup, wire: torch.dtype, timed: bool = False
-    ) -> None:
-        self._flat, self._members, self._group = flat, members, group
-        self._size = len(members)
-        self._codec = codec_for(wire)
-        self.bytes_sent = 0
-        if self._codec is None:
-            self._received = flat.to(wire, copy=True)
-            work: Any = dist.all_reduce(self._received, group=group, async_op=True)
-            self.bytes_sent = 2 * (self._size - 1) * self._received.nbytes // self._size
-        else:
-            # Pairs swap whole copies. Larger groups cut them into one shard per member, whose owner averages it: twice
-            # as many messages, but the bytes of a ring all-reduce instead of g - 1 copies.
-            shards = 1 if self._size == 2 else self._size
-            row = -(-flat.numel() // (shards * self._codec.block)) * self._codec.block
-            padded = torch.nn.functional.pad(flat, (0, shards * row - flat.numel())).view(shards, row)
-            self._own = self._codec.encode(padded)
-            if shards == 1:
-                self._received = self._own.new_empty((self._size, self._own.shape[1]))
-                work = _all_gather(self._received.view(-1), self._own.view(-1), group=group, async_op=True)
-                self.bytes_sent = self._own.nbytes
-            else:
-                self._received = torch.empty_like(self._own)
-                work = dist.all_to_all_single(self._received, self._own, group=group, async_op=True)
-                self.bytes_sent = 2 * (self._size - 1) * self._own.nbytes // self._size
-        self._work = work
-        on_device = flat.device.type == "cuda" and dist.get_backend(group) == "nccl"
-        self._clock: _Clock = _DeviceClock(work) if timed and on_device else _HostClock(work) if timed else _Clock()
-
-    def wait(self) -> Tensor:
-        """``average - Q(own)``: shape and dtype of ``flat``. On CUDA the current stream waits, not the host."""
-        self._clock.wait_begins()
-        self._work.wait()
-        self._clock.wait_ends()
-        dtype, n = self._flat.dtype, self._flat.numel()
-        if self._codec is None:
-            return self._received.to(dtype).div_(self._size).sub_(self._flat)
-        mean = self._codec.decode(self._received, dtype).sum(0).div_(self._size)
-        if self._own.shape[0] == 1:
-            return mean.sub_(self._codec.decode(self._own, dtype).view(-1))[:n]
-        rounded = self._codec.encode(mean)
-        everyones = torch.empty_like(self._own)
-        self._clock.wait_begins()
-        _all_gather(everyones.view(-1), rounded.view(-1), group=self._group)
-        self._clock.wait_ends()
-        difference = self._codec.decode(everyones, dtype).sub_(self._codec.decode(self._own, dtype))
-        # Rounding the mean of a shard moves all g copies of it: the owner takes g times the residual back.
-        residual = mean.sub_(self._codec.decode(rounded, dtype)).mul_(self._size)
-        difference[self._members.index(dist.get_rank())].add_(residual)
-        return difference.view(-1)[:n]
-
-    def seconds(self) -> tuple[float, float]:
-        """Seconds that somebody waited for the average, and seconds that it ran in all; after :meth:`wait`."""
-        return self._clock.waited(), self._clock.ran()
 
 
 def exact_mean_(flat: Tensor) -> Tensor:
@@ -229,85 +201,3 @@ def flatten(tensors: Sequence[Tensor]) -> Tensor:
 def split(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     """Views of the flat tensor in the shapes of ``like``."""
     return [part.view(t.shape) for part, t in zip(flat.split([t.numel() for t in like]), like, strict=True)]
-
-
-class _Clock:
-    """No time is taken."""
-
-    def wait_begins(self) -> None:
-        """The average is needed from here on."""
-
-    def wait_ends(self) -> None:
-        """Whatever needed it goes on."""
-
-    def waited(self) -> float:
-        """Seconds between the two, in all."""
-        return 0.0
-
-    def ran(self) -> float:
-        """Seconds from the start of the collective to its end, waited for or not."""
-        return 0.0
-
-
-class _HostClock(_Clock):
-    """Times a collective whose `wait` blocks the host (gloo)."""
-
-    def __init__(self, work: Any) -> None:
-        self._start = self._begun = self._ended = time.perf_counter()
-        self._done: float | None = None
-        self._waited = 0.0
-        work.get_future().add_done_callback(self._on_done)
-
-    def _on_done(self, _: Any) -> None:
-        self._done = time.perf_counter()
-
-    @override
-    def wait_begins(self) -> None:
-        self._begun = time.perf_counter()
-
-    @override
-    def wait_ends(self) -> None:
-        self._ended = time.perf_counter()
-        self._waited += self._ended - self._begun
-
-    @override
-    def waited(self) -> float:
-        return self._waited
-
-    @override
-    def ran(self) -> float:
-        done = self._ended if self._done is None else min(self._done, self._ended)
-        return max(done - self._start, self._waited)
-
-
-class _DeviceClock(_Clock):
-    """Times a collective that runs on a CUDA stream of its own (NCCL), without blocking the host."""
-
-    def __init__(self, work: Any) -> None:
-        self._start = torch.cuda.Event(enable_timing=True)
-        self._done = torch.cuda.Event(enable_timing=True)
-        self._intervals: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        self._start.record()
-        # Only a side stream waits here, so that its event marks the end of the collective and nothing else is held up.
-        with torch.cuda.stream(torch.cuda.Stream()):
-            work.wait()
-            self._done.record()
-
-    @override
-    def wait_begins(self) -> None:
-        self._intervals.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
-        self._intervals[-1][0].record()
-
-    @override
-    def wait_ends(self) -> None:
-        self._intervals[-1][1].record()
-
-    @override
-    def waited(self) -> float:
-        self._intervals[-1][1].synchronize()
-        return float(sum(begin.elapsed_time(end) for begin, end in self._intervals) / 1000)
-
-    @override
-    def ran(self) -> float:
-        self._done.synchronize()
-        return max(float(self._start.elapsed_time(self._done)) / 1000, self.waited())

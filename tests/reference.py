@@ -14,12 +14,15 @@ from ds_lightning.schedule import Schedule, mixing_matrix
 class Reference:
     """``X <- W_t (X - lr U(X))``, or ``X <- W_t X - lr U(X)`` if overlapped, with the very same optimizer code.
 
+    With ``sync_every = k``, U is k updates.
+
     Args:
         make_model: Makes one replica; all must start equal.
         make_optimizer: Makes its optimizer.
         schedule: Gives W_t.
         overlap: Which of the two orders.
-        sync_every: Only every so manieth step mixes; the schedule counts those.
+        sync_every: Only every so manieth step mixes; the schedule counts those. If overlapped, what it mixes is what
+            there was before the first of them.
         average_gradients: Whether W_t also mixes the gradients; a missing one counts as zero, where others have one.
     """
 
@@ -38,6 +41,7 @@ class Reference:
         self.overlap = overlap
         self.sync_every = sync_every
         self.average_gradients = average_gradients
+        self.before: list[Tensor] = []
         self.t = 0
 
     def step(self, backward: Callable[[nn.Module, int], object], update: Callable[[int], object] | None = None) -> None:
@@ -50,14 +54,15 @@ class Reference:
         w = torch.eye(len(self.models), dtype=torch.float64)
         if (self.t + 1) % self.sync_every == 0:
             w = torch.from_numpy(mixing_matrix(self.schedule, self.t // self.sync_every))
-        before = [x.double() for x in self._stacked()]
+        if self.t % self.sync_every == 0:
+            self.before = [x.double() for x in self._stacked()]
         for rank, (model, optimizer) in enumerate(zip(self.models, self.optimizers, strict=True)):
             optimizer.zero_grad()
             backward(model, rank)
         if self.average_gradients:
             self._mix_gradients(w)
         if self.overlap:
-            self._add([mix(w, x) - x for x in before])
+            self._add([mix(w, x) - x for x in self.before])
         for rank, optimizer in enumerate(self.optimizers):
             update(rank) if update else optimizer.step()
         if not self.overlap:

@@ -305,20 +305,38 @@ def test_several_optimizers_each_meet_every_group(overlap):
                 x.copy_(x.double() + d)
 
     for t in range(BATCHES):
+        # An optimizer that has stepped before packs before the forward pass; its parameters, unlike the running
+        # statistics, are the same after it.
+        early = mixed_difference(0, t) if overlap and t else None
         for rank, model in enumerate(models):
             for o in optimizers[rank]:
                 o.zero_grad()
             model.loss(*batch(rank, t), t, rank).backward()
         for which, step in [(0, t)] + [(1, t // 2)] * (t % 2):
-            # In manual optimization backward is over when the step begins: both orders start from here.
             if overlap:
-                add(which, mixed_difference(which, step))
+                add(which, mixed_difference(which, step) if which or early is None else early)
             for o in optimizers:
                 o[which].step()
             if not overlap:
                 add(which, mixed_difference(which, step))
         for rank, values in enumerate(ranks):
             assert relative_error(values[t], flat(models[rank])) < 1e-6, (rank, t)
+
+
+def test_manual_optimization_overlaps_from_the_second_step_on():
+    def run(rank):
+        started = []
+
+        class Watched(TwoOptimizers):
+            def training_step(self, batch, batch_idx):
+                started.append([s.started for s in self.trainer.strategy.synchronizers])
+                super().training_step(batch, batch_idx)
+
+        strategy = DSSyncStrategy(timeout=timedelta(seconds=20))
+        trainer_for(rank, strategy=strategy).fit(Watched(), DataLoader(RankData(rank, 4), batch_size=None))
+        return started
+
+    assert run_ranks(run, 2) == [[[], [True], [True, True], [True, True]]] * 2
 
 
 class WithLBFGS(Net):
@@ -559,7 +577,7 @@ def test_sync_batch_norm_warns():
 
 
 def collectives(rank, strategy, options, steps):
-    """Kinds and bytes of the collectives of each optimizer step, as torch's profiler sees them on the wire."""
+    """Kinds, numbers and sizes of what is sent in so many optimizer steps, as torch's profiler sees it on the wire."""
     module = Net()
     strategy = strategy(timeout=timedelta(seconds=20), **options)
 
@@ -593,9 +611,11 @@ def test_nothing_but_group_averages_runs():
     parameters = sum(p.numel() for p in Net().parameters())
     buffers = sum(b.numel() for b in Net().buffers() if b.is_floating_point())
     for found in run_ranks(collectives, WORLD, DSSyncStrategy, {}, steps):
-        assert found == {"gloo:all_reduce": (2 * steps, steps * (parameters + buffers))}
+        sent = 2 * steps, 4 * steps * (parameters + buffers)  # in bytes
+        assert found == {"gloo:send": sent, "gloo:recv": sent}
     for found in run_ranks(collectives, WORLD, DSSyncStrategy, {"sync_every": 2}, steps):
-        assert found == {"gloo:all_reduce": (steps, steps // 2 * (parameters + buffers))}
+        sent = steps, 4 * steps // 2 * (parameters + buffers)
+        assert found == {"gloo:send": sent, "gloo:recv": sent}
     for found in run_ranks(collectives, WORLD, DDPStrategy, {}, steps):
         assert found["gloo:broadcast"][0] >= steps
         assert found["gloo:all_reduce"][1] == steps * parameters

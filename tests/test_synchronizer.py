@@ -424,7 +424,7 @@ def test_parameters_frozen_later_are_sent_until_replicas_agree():
     def run(rank):
         model = nn.Linear(2, 1, bias=False)
         optimizer = torch.optim.SGD(model.parameters(), 1.0)
-        sync = DSSynchronizer(model, optimizer, ScheduledGroups(GridSchedule(4, 2)), buffers=False)
+        sync = DSSynchronizer(model, optimizer, ScheduledGroups(GridSchedule(4, 2)), index=1)
         model.weight.data += rank
         sync.synchronize()
         model.weight.requires_grad_(False)

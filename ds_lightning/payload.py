@@ -1,0 +1,369 @@
+"""What is sent, in buffers made once: packed bucket by bucket, averaged in the group, applied as a difference.
+
+Every member ends with ``x + average - Q(x)``, where ``x`` is what it packed and ``Q`` the rounding of the wire. Adding
+this *difference*, instead of overwriting, keeps the sum over the members for any ``Q`` (and what anyone changed in the
+meantime)::
+
+    sum_i (x_i + mean_j Q(x_j) - Q(x_i)) = sum_i x_i
+
+The average is never added up in the wire's dtype: an all-reduce in bf16 would round the sum, which hits all members
+alike, and the mean would walk away. Pairs swap rounded copies. In larger groups every member owns a shard: it is sent
+the others' rounded copies of it, adds them up in fp32, and sends the rounded mean to all. Rounding the mean moves the g
+copies alike, so the owner, which never rounds its own shard, takes g times that residual back. The bytes are those of
+a ring all-reduce in the wire's dtype: 2 (g - 1) / g of the values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.profiler import record_function
+
+from ds_lightning.lanes import Lane, Result
+from ds_lightning.schedule import Group
+from ds_lightning.wire import Code, codec_for
+
+# Values per bucket: about an eighth of all, so that one is packed while the one before it travels. Fewer would be
+# mostly latency, and more would only delay the first byte.
+_BUCKETS, _SMALLEST_BUCKET, _LARGEST_BUCKET = 8, 1 << 18, 1 << 22
+# Values rounded at a time: what stays in a processor's cache; a GPU prefers few large kernels.
+_TILE_ON_CPU, _TILE_ON_GPU = 1 << 16, 1 << 22
+# Buckets of which the second stage may be under way: each needs room for its rounded mean.
+_AHEAD = 2
+
+
+class Payload:
+    """Averages ``tensors`` in place, any number of times, in groups that may differ each time.
+
+    :meth:`start` packs and returns while the average is under way; :meth:`finish` adds ``average - packed copy``. In
+    between, the tensors may be read and written.
+
+    The buffers take, as multiples of the tensors' bytes in fp32: 2 at an fp32 wire, 1 at bf16 and fp16, 0.53 (pairs) to
+    0.65 (groups of 4) at int8; besides, two tiles of 256 KiB (on a GPU 16 MiB).
+
+    Args:
+        tensors: Strided real floating tensors of one dtype that do not overlap; of the same shapes and strides on all
+            ranks.
+        wire: dtype to send in: that of the tensors, or one of ``WIRE_DTYPES``.
+        channel: Tells apart the payloads that may be under way in a group at a time; 1 or more, the same on all ranks.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], wire: torch.dtype, channel: int = 1) -> None:
+        self._wire, self._channel = wire, channel
+        self._dtype = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
+        self._device = tensors[0].device
+        # Tensors with gaps in memory have stand-ins, packed with the others and applied in one go.
+        flats = [_in_memory_order(t) for t in tensors]
+        self._gappy = [t for t, flat in zip(tensors, flats, strict=True) if flat is None]
+        self._stand_ins = [torch.empty(t.shape, dtype=self._dtype, device=t.device) for t in self._gappy]
+        stand_ins = iter(self._stand_ins)
+        self._flats = [next(stand_ins).view(-1) if flat is None else flat for flat in flats]
+        self._layouts: dict[tuple[int, int, torch.device], _Layout] = {}
+        self._routes: dict[Group, _Route] = {}
+        self._route: _Route | None = None
+        self._lane = Lane()
+        self.bytes_sent = 0  # by the latest average
+        self._done: list[Result] = []
+
+    @torch.no_grad()
+    def start(self, members: Group, group: dist.ProcessGroup, lane: Lane) -> None:
+        """Pack, and start the average over ``members``.
+
+        Args:
+            members: Ranks of the group, in the same order on all of them.
+            group: Their process group.
+            lane: Where the average goes on.
+        """
+        self.settle()
+        route = self._route = self._routes.get(members) or self._make_route(members, group)
+        self._lane = lane
+        if self._gappy:
+            torch._foreach_copy_(self._stand_ins, self._gappy)
+        seconds: list[_SecondStage] = []
+        for i, bucket in enumerate(route.layout.buckets):
+            with record_function("dssync: pack"):
+                bucket.pack()
+            with record_function("dssync: average"):
+                works = dist.batch_isend_irecv(route.first[i])
+            if not route.second:
+                self._done.append(lane.run(partial(_wait, works)))
+                continue
+            if i >= _AHEAD:
+                self._done.append(lane.run(seconds[i - _AHEAD].wait))
+            seconds.append(_SecondStage(bucket, works, route.second[i]))
+            lane.run(seconds[i].start)
+        self._done += [lane.run(second.wait) for second in seconds[-_AHEAD:]]
+        self.bytes_sent = route.layout.bytes_sent
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Wait for the average and add the difference.
+
+        Raises:
+            RuntimeError: If a member failed or did not come within the group's timeout.
+        """
+        assert self._route is not None
+        if self._gappy:
+            torch._foreach_zero_(self._stand_ins)
+        done, self._done = self._done, []
+        for result, bucket in zip(done, self._route.layout.buckets, strict=True):
+            with record_function("dssync: wait"), self._lane.waiting():
+                result.result()
+            with record_function("dssync: apply"):
+                bucket.apply()
+        if self._gappy:
+            torch._foreach_add_(self._gappy, self._stand_ins)
+
+    def settle(self) -> None:
+        """Wait for what is under way and forget it."""
+        done, self._done = self._done, []
+        for result in done:
+            result.result()
+
+    def _make_route(self, members: Group, group: dist.ProcessGroup) -> _Route:
+        """The messages to and from the members of a group, made once."""
+        here = members.index(dist.get_rank())
+        # gloo sends from the host's memory only.
+        home = self._device if "nccl" in dist.get_backend(group) else torch.device("cpu")
+        key = (len(members), here if len(members) > 2 else 0, home)
+        if key not in self._layouts:
+            self._layouts[key] = _Layout(self._flats, self._dtype, self._device, self._wire, *key)
+        layout = self._layouts[key]
+        others = [rank for i, rank in enumerate(members) if i != here]
+        route = self._routes[members] = _Route(layout)
+        for i, b in enumerate(layout.buckets):
+            tag = (self._channel << 16) + 2 * i
+            route.first.append(_messages(b.own, b.received, others, group, tag))
+            if len(members) > 2:
+                route.second.append(_messages([b.rounded] * len(others), b.received, others, group, tag + 1))
+        return route
+
+
+@dataclass
+class _Route:
+    """The messages of a payload in one group, by bucket."""
+
+    layout: _Layout
+    first: list[list[dist.P2POp]] = field(default_factory=list)
+    second: list[list[dist.P2POp]] = field(default_factory=list)  # none for pairs
+
+
+def _messages(
+    sent: list[Tensor], received: list[Tensor], others: list[int], group: dist.ProcessGroup, tag: int
+) -> list[dist.P2POp]:
+    send = [dist.P2POp(dist.isend, row, rank, group, tag) for row, rank in zip(sent, others, strict=True)]
+    return send + [dist.P2POp(dist.irecv, row, rank, group, tag) for row, rank in zip(received, others, strict=True)]
+
+
+def _wait(works: list[dist.Work]) -> None:
+    for work in works:
+        work.wait()
+
+
+class _SecondStage:
+    """What follows in the lane when a bucket's shards have come: average one's own, and swap the means."""
+
+    def __init__(self, bucket: _Bucket, first: list[dist.Work], messages: list[dist.P2POp]) -> None:
+        self._bucket, self._works, self._messages = bucket, first, messages
+        self._error: BaseException | None = None
+
+    @torch.no_grad()
+    def start(self) -> None:
+        try:
+            _wait(self._works)
+            with record_function("dssync: average"):
+                self._bucket.average_own_shard()
+                self._works = dist.batch_isend_irecv(self._messages)
+        except BaseException as error:
+            self._error = error
+
+    def wait(self) -> None:
+        if self._error is not None:
+            raise self._error
+        _wait(self._works)
+
+
+class _Layout:
+    """Where each value lies in the buffers: buckets of rows of tiles.
+
+    A pair's bucket is one row, swapped. In a larger group it is a row for each member: its shard.
+    """
+
+    def __init__(
+        self,
+        flats: list[Tensor],
+        dtype: torch.dtype,
+        device: torch.device,
+        wire: torch.dtype,
+        size: int,
+        here: int,
+        home: torch.device,
+    ) -> None:
+        tile = _TILE_ON_CPU if device.type == "cpu" else _TILE_ON_GPU
+        # The lane averages shards while the main thread packs and applies: each has scratch of its own.
+        codec, lanes_codec = codec_for(wire), codec_for(wire)
+        scratch, lanes_scratch = ([torch.empty(tile, dtype=dtype, device=device) for _ in range(2)] for _ in range(2))
+        shards = 1 if size == 2 else size
+        unit = shards * codec.block
+        total = sum(flat.numel() for flat in flats)
+        most = min(max(-(-total // _BUCKETS), _SMALLEST_BUCKET), _LARGEST_BUCKET)
+        bucket = -(-most // unit) * unit
+        lengths = [bucket] * (total // bucket) + [-(-(total % bucket) // unit) * unit] * (total % bucket > 0)
+        padding = torch.zeros(sum(lengths) - total, dtype=dtype, device=device)
+        values = _Cutter([*flats, padding])
+        row_bytes = [codec.nbytes(n // shards) for n in lengths]
+        others = size - 1
+        own, received = (torch.empty(others * sum(row_bytes), dtype=torch.uint8, device=home) for _ in range(2))
+        own_rows, received_rows = _Cutter([own]), _Cutter([received])
+        kept = _Cutter([torch.empty(sum(lengths) // shards if shards > 1 else 0, dtype=dtype, device=device)])
+        rounded = [torch.empty(max(row_bytes), dtype=torch.uint8, device=home) for _ in range(_AHEAD * (shards > 1))]
+        self.bytes_sent = sum(row_bytes) * (1 if shards == 1 else 2 * others)
+        self.buckets: list[_Bucket] = []
+        for i, (n, nbytes) in enumerate(zip(lengths, row_bytes, strict=True)):
+            b = _Bucket(
+                own=[own_rows.cut(nbytes)[0] for _ in range(others)],
+                received=[received_rows.cut(nbytes)[0] for _ in range(others)],
+                rounded=rounded[i % _AHEAD][:nbytes] if rounded else torch.empty(0),
+            )
+            row = n // shards
+            rows = zip(b.own, b.received, strict=True)
+            for shard in range(shards):
+                if shards > 1 and shard == here:
+                    codes = [Code(codec, raw, row) for raw in b.received]
+                    mean = Code(codec, b.rounded, row)
+                    for start in range(0, row, tile):
+                        stop = min(start + tile, row)
+                        pieces, own_values = values.cut(stop - start), kept.cut(stop - start)[0]
+                        b.tiles.append(_OwnTile(pieces, own_values))
+                        parts = [code.part(start, stop) for code in codes]
+                        b.shard.append(
+                            _ShardTile(own_values, parts, mean.part(start, stop), lanes_codec, lanes_scratch)
+                        )
+                    continue
+                mine, theirs = (Code(codec, raw, row) for raw in next(rows))
+                for start in range(0, row, tile):
+                    stop = min(start + tile, row)
+                    pieces = values.cut(stop - start)
+                    own_code, received_code = mine.part(start, stop), theirs.part(start, stop)
+                    weight = 0.5 if shards == 1 else 1.0
+                    b.tiles.append(_SentTile(pieces, own_code, received_code, codec, scratch, weight))
+            self.buckets.append(b)
+
+
+@dataclass
+class _Bucket:
+    """What travels at a time: the rows sent to and received from each other member, and the tiles they are made of."""
+
+    own: list[Tensor]
+    received: list[Tensor]
+    rounded: Tensor  # the mean of this rank's shard, as it is sent
+    tiles: list[_OwnTile | _SentTile] = field(default_factory=list)
+    shard: list[_ShardTile] = field(default_factory=list)
+
+    def pack(self) -> None:
+        for tile in self.tiles:
+            tile.pack()
+
+    def average_own_shard(self) -> None:
+        for tile in self.shard:
+            tile.average()
+
+    def apply(self) -> None:
+        for tile in self.tiles:
+            tile.apply()
+
+
+class _SentTile:
+    """Values whose rounded copy goes to another member; that member's, or the rounded mean, comes back."""
+
+    def __init__(
+        self, pieces: list[Tensor], own: Code, received: Code, codec: Any, scratch: list[Tensor], weight: float
+    ) -> None:
+        n = sum(piece.numel() for piece in pieces)
+        self._pieces, self._own, self._received, self._codec, self._weight = pieces, own, received, codec, weight
+        self._difference, self._other = scratch[0][:n], scratch[1][:n]
+        self._views = _like(self._difference, pieces)
+        self._direct = _like(own.parts[0], pieces) if codec.direct else None
+
+    def pack(self) -> None:
+        if self._direct is not None:
+            torch._foreach_copy_(self._direct, self._pieces)
+        else:
+            torch._foreach_copy_(self._views, self._pieces)
+            self._codec.encode(self._difference, self._own)
+
+    def apply(self) -> None:
+        self._codec.decode(self._received, self._difference)
+        self._codec.decode(self._own, self._other)
+        self._difference.sub_(self._other)
+        torch._foreach_add_(self._pieces, self._views, alpha=self._weight)
+
+
+class _OwnTile:
+    """Values of the shard that this rank averages: kept in full precision until the difference takes their place."""
+
+    def __init__(self, pieces: list[Tensor], kept: Tensor) -> None:
+        self._pieces, self._views = pieces, _like(kept, pieces)
+
+    def pack(self) -> None:
+        torch._foreach_copy_(self._views, self._pieces)
+
+    def apply(self) -> None:
+        torch._foreach_add_(self._pieces, self._views)
+
+
+class _ShardTile:
+    """The same values in the lane, between the two stages."""
+
+    def __init__(self, kept: Tensor, received: list[Code], mean: Code, codec: Any, scratch: list[Tensor]) -> None:
+        self._kept, self._received, self._mean, self._codec = kept, received, mean, codec
+        self._sum, self._other = (s[: kept.numel()] for s in scratch)
+
+    def average(self) -> None:
+        size = len(self._received) + 1
+        self._sum.copy_(self._kept)
+        for copy in self._received:
+            self._codec.decode(copy, self._other)
+            self._sum.add_(self._other)
+        self._sum.div_(size)
+        self._other.copy_(self._sum)
+        self._codec.encode(self._other, self._mean)
+        self._codec.decode(self._mean, self._other)
+        # What is kept becomes `rounded mean - own + g (mean - rounded mean)`.
+        self._kept.neg_().add_(self._other).add_(self._sum.sub_(self._other), alpha=size)
+
+
+class _Cutter:
+    """Cuts consecutive stretches off a row of flat tensors."""
+
+    def __init__(self, flats: list[Tensor]) -> None:
+        self._flats, self._at = [flat for flat in flats if flat.numel()], 0
+
+    def cut(self, n: int) -> list[Tensor]:
+        """Views of the next ``n`` values."""
+        pieces = []
+        while n:
+            piece = self._flats[0][self._at : self._at + n]
+            pieces.append(piece)
+            n -= piece.numel()
+            self._at += piece.numel()
+            if self._at == self._flats[0].numel():
+                self._flats.pop(0)
+                self._at = 0
+        return pieces
+
+
+def _like(flat: Tensor, pieces: list[Tensor]) -> list[Tensor]:
+    return list(flat.split([piece.numel() for piece in pieces]))
+
+
+def _in_memory_order(tensor: Tensor) -> Tensor | None:
+    """A flat view of a tensor without gaps, such as one in channels-last order, else ``None``."""
+    ordered = tensor.permute(sorted(range(tensor.dim()), key=tensor.stride, reverse=True))
+    return ordered.view(-1) if ordered.is_contiguous() else None
