@@ -80,6 +80,7 @@ class StreamLane(Lane):
 
     @override
     def run(self, task: Callable[[], None]) -> Result:
+        self._stream.wait_stream(torch.cuda.current_stream())  # what a task sends has been packed there
         with torch.cuda.stream(self._stream):
             task()
             event = torch.cuda.Event()

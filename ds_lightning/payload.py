@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -85,20 +84,22 @@ class Payload:
         self._lane = lane
         if self._gappy:
             torch._foreach_copy_(self._stand_ins, self._gappy)
-        seconds: list[_SecondStage] = []
-        for i, bucket in enumerate(route.layout.buckets):
+        trips = []
+        for bucket, first, second in zip(route.layout.buckets, route.first, route.second, strict=True):
             with record_function("dssync: pack"):
                 bucket.pack()
             with record_function("dssync: average"):
-                works = dist.batch_isend_irecv(route.first[i])
-            if not route.second:
-                self._done.append(lane.run(partial(_wait, works)))
-                continue
-            if i >= _AHEAD:
-                self._done.append(lane.run(seconds[i - _AHEAD].wait))
-            seconds.append(_SecondStage(bucket, works, route.second[i]))
-            lane.run(seconds[i].start)
-        self._done += [lane.run(second.wait) for second in seconds[-_AHEAD:]]
+                trips.append(_Trip(bucket, first, second))
+                lane.run(trips[-1].send)
+        for i, trip in enumerate(trips):
+            if len(members) > 2:
+                # There is room for a rounded mean again when the bucket _AHEAD before it has arrived.
+                if i >= _AHEAD:
+                    self._done.append(lane.run(trips[i - _AHEAD].arrive))
+                lane.run(trip.send_mean)
+            else:
+                self._done.append(lane.run(trip.arrive))
+        self._done += [lane.run(trip.arrive) for trip in trips[len(self._done) :]]
         self.bytes_sent = route.layout.bytes_sent
 
     @torch.no_grad()
@@ -140,8 +141,8 @@ class Payload:
         for i, b in enumerate(layout.buckets):
             tag = (self._channel << 16) + 2 * i
             route.first.append(_messages(b.own, b.received, others, group, tag))
-            if len(members) > 2:
-                route.second.append(_messages([b.rounded] * len(others), b.received, others, group, tag + 1))
+            means = [b.rounded] * len(others)
+            route.second.append(_messages(means, b.received, others, group, tag + 1) if len(others) > 1 else [])
         return route
 
 
@@ -151,7 +152,7 @@ class _Route:
 
     layout: _Layout
     first: list[list[dist.P2POp]] = field(default_factory=list)
-    second: list[list[dist.P2POp]] = field(default_factory=list)  # none for pairs
+    second: list[list[dist.P2POp]] = field(default_factory=list)  # empty for pairs
 
 
 def _messages(
@@ -161,32 +162,38 @@ def _messages(
     return send + [dist.P2POp(dist.irecv, row, rank, group, tag) for row, rank in zip(received, others, strict=True)]
 
 
-def _wait(works: list[dist.Work]) -> None:
-    for work in works:
-        work.wait()
+class _Trip:
+    """A bucket's way through the lane. What fails there is raised when it should arrive.
 
+    Messages are sent by the lane, too, and not only because they may block: a profiler that watches the caller would
+    otherwise write down their end, which is often after its own.
+    """
 
-class _SecondStage:
-    """What follows in the lane when a bucket's shards have come: average one's own, and swap the means."""
-
-    def __init__(self, bucket: _Bucket, first: list[dist.Work], messages: list[dist.P2POp]) -> None:
-        self._bucket, self._works, self._messages = bucket, first, messages
+    def __init__(self, bucket: _Bucket, first: list[dist.P2POp], second: list[dist.P2POp]) -> None:
+        self._bucket, self._first, self._second = bucket, first, second
+        self._works: list[dist.Work] = []
         self._error: BaseException | None = None
 
-    @torch.no_grad()
-    def start(self) -> None:
+    def send(self) -> None:
         try:
-            _wait(self._works)
-            with record_function("dssync: average"):
-                self._bucket.average_own_shard()
-                self._works = dist.batch_isend_irecv(self._messages)
+            self._works = dist.batch_isend_irecv(self._first)
         except BaseException as error:
             self._error = error
 
-    def wait(self) -> None:
+    @torch.no_grad()
+    def send_mean(self) -> None:
+        try:
+            self.arrive()
+            self._bucket.average_own_shard()
+            self._works = dist.batch_isend_irecv(self._second)
+        except BaseException as error:
+            self._error = error
+
+    def arrive(self) -> None:
         if self._error is not None:
             raise self._error
-        _wait(self._works)
+        for work in self._works:
+            work.wait()
 
 
 class _Layout:

@@ -576,25 +576,31 @@ def test_sync_batch_norm_warns():
 # ---- which collectives run ------------------------------------------------------------------------------------------
 
 
-def collectives(rank, strategy, options, steps):
-    """Kinds, numbers and sizes of what is sent in so many optimizer steps, as torch's profiler sees it on the wire."""
-    module = Net()
+def communication(rank, strategy, options, steps):
+    """What goes out in so many optimizer steps: messages of groups, and collectives as torch's profiler sees them."""
     strategy = strategy(timeout=timedelta(seconds=20), **options)
+    messages: list[dist.P2POp] = []
+    send = dist.batch_isend_irecv
+
+    def watched(operations):
+        messages.extend(o for o in operations if o.op is dist.isend)
+        return send(operations)
 
     class Profiled(pl.Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             if batch_idx == 2:  # DDP rebuilds its buckets at first
+                dist.batch_isend_irecv = watched
                 self.profiler = torch.profiler.profile(record_shapes=True)
                 self.profiler.__enter__()
 
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             if batch_idx == 1 + steps:
                 self.profiler.__exit__(None, None, None)
+                dist.batch_isend_irecv = send
 
     profiled = Profiled()
-    trainer = trainer_for(rank, [profiled], strategy)
-    trainer.fit(module, DataLoader(RankData(rank, steps + 3), batch_size=None))
-    found: dict[str, tuple[int, int]] = {}
+    trainer_for(rank, [profiled], strategy).fit(Net(), DataLoader(RankData(rank, steps + 3), batch_size=None))
+    found = {"messages": (len(messages), sum(m.tensor.nbytes for m in messages))}
     for event in profiled.profiler.events():
         if event.name.startswith("gloo:") and event.input_shapes:
             values = sum(math.prod(shape) for shape in event.input_shapes)
@@ -610,13 +616,12 @@ def test_nothing_but_group_averages_runs():
     steps = 4
     parameters = sum(p.numel() for p in Net().parameters())
     buffers = sum(b.numel() for b in Net().buffers() if b.is_floating_point())
-    for found in run_ranks(collectives, WORLD, DSSyncStrategy, {}, steps):
-        sent = 2 * steps, 4 * steps * (parameters + buffers)  # in bytes
-        assert found == {"gloo:send": sent, "gloo:recv": sent}
-    for found in run_ranks(collectives, WORLD, DSSyncStrategy, {"sync_every": 2}, steps):
-        sent = steps, 4 * steps // 2 * (parameters + buffers)
-        assert found == {"gloo:send": sent, "gloo:recv": sent}
-    for found in run_ranks(collectives, WORLD, DDPStrategy, {}, steps):
+    for found in run_ranks(communication, WORLD, DSSyncStrategy, {}, steps):
+        assert found == {"messages": (2 * steps, 4 * steps * (parameters + buffers))}
+    for found in run_ranks(communication, WORLD, DSSyncStrategy, {"sync_every": 2}, steps):
+        assert found == {"messages": (steps, 4 * steps // 2 * (parameters + buffers))}
+    for found in run_ranks(communication, WORLD, DDPStrategy, {}, steps):
+        assert found["messages"] == (0, 0)
         assert found["gloo:broadcast"][0] >= steps
         assert found["gloo:all_reduce"][1] == steps * parameters
 
