@@ -8,6 +8,7 @@ import re
 import statistics
 import time
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -300,7 +301,8 @@ def measure(rank: int, job: Job, world_size: int, timeout: float) -> Measurement
     """Runs one `Trainer.fit`, as the rank that the environment says, and measures its later steps."""
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"  # or Lightning's launcher sets one thread per core of this one "node" again
-    os.nice(-10)  # root may; whatever else runs here then disturbs less
+    with suppress(PermissionError):  # not every container's root may
+        os.nice(-10)  # whatever else runs here disturbs less
     warnings.simplefilter("ignore")
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
