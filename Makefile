@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo parity lint types check test clean
+.PHONY: install demo parity benchmark lint types check test clean
 
 install: $(STAMP)
 
@@ -19,6 +19,10 @@ demo: install
 
 parity: install
 	$(RUN) -m recipes.demo --parity
+
+# Needs root, Linux, ip and tc; under 10 minutes.
+benchmark: install
+	$(RUN) -m benchmarks.step_time --short
 
 lint: install
 	$(VENV)/bin/ruff check .

@@ -1,0 +1,373 @@
+"""The emulated cluster (real, where this machine can make one) and the benchmark of step times."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks import cluster, report, step_time
+from benchmarks.arms import dssync_options
+from benchmarks.cluster import SETTINGS, Cluster, ClusterError, RankError, check_machine, random_walk, sent_by
+from benchmarks.report import Run
+
+try:
+    check_machine()
+    LACKS = ""
+except ClusterError as error:
+    LACKS = str(error)
+needs_cluster = pytest.mark.skipif(bool(LACKS), reason=LACKS)
+ROOT = Path(__file__).resolve().parents[1]
+MB = 10**6
+
+
+def namespaces_of(pid: int) -> list[str]:
+    return [name for name in cluster._namespaces() if name.startswith(f"{cluster.PREFIX}-{pid}-")]
+
+
+def homogeneous(hosts: int = 2, rate: float = 100) -> Cluster:
+    return Cluster(hosts, rate, SETTINGS["homogeneous"])
+
+
+# ---- without a cluster ----------------------------------------------------------------------------------------------
+
+
+def test_without_linux_root_or_tools_it_says_what_to_do(monkeypatch):
+    monkeypatch.setattr(cluster.shutil, "which", lambda tool: None)
+    monkeypatch.setattr(cluster.os, "geteuid", lambda: 1000)
+    monkeypatch.setattr(cluster.sys, "platform", "darwin")
+    with pytest.raises(ClusterError, match=r"needs Linux.*this is darwin\. HINT"):
+        check_machine()
+    monkeypatch.setattr(cluster.sys, "platform", "linux")
+    with pytest.raises(ClusterError, match=r"needs root.*user id is 1000\. HINT: use sudo"):
+        check_machine()
+    monkeypatch.setattr(cluster.os, "geteuid", lambda: 0)
+    with pytest.raises(ClusterError, match=r"no ip and no tc in PATH\. HINT: install"):
+        check_machine()
+
+
+def test_a_contended_links_walk_is_reproducible_and_bounded():
+    walk = list(itertools.islice(random_walk(3, 4), 200))
+    assert walk == list(itertools.islice(random_walk(3, 4), 200))
+    assert walk != list(itertools.islice(random_walk(4, 4), 200))
+    shares = [share for row in walk for share in row]
+    assert min(shares) == cluster.SLOWEST_SHARE
+    assert max(shares) == 1
+    assert all(a != b for a, b in itertools.pairwise(walk))
+
+
+def test_settings_say_who_stands_where_and_how_fast():
+    ordered = Cluster(8, 100, SETTINGS["oversubscribed"])
+    assert [ordered.rack_of(rank) for rank in range(8)] == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert ordered.trunk == 100  # four hosts of 100 Mbit/s, 4:1
+    interleaved = Cluster(8, 100, SETTINGS["oversubscribed-interleaved"])
+    assert [interleaved.rack_of(rank) for rank in range(8)] == [0, 1] * 4
+    assert Cluster(4, 100, SETTINGS["straggler"]).rates == [100, 100, 100, 25]
+    assert len({ordered.name, interleaved.name}) == 2
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--hosts", "1"], "--hosts is 1, but must be 2 to 64"),
+        (["--rate", "-5"], "--rate is -5.0, but must be positive"),
+        (["--parameters-mb", "nan"], "--parameters-mb is nan, but must be positive"),
+        (["--compute", "-1"], "--compute is -1.0, but must be 0 or more"),
+        (["--settings", "fast"], "--settings has 'fast'. HINT: homogeneous,"),
+        (["--arms", "bsp"], "'bsp' is no arm. HINT: ddp,"),
+        (["--arms", "dssync-g8", "--hosts", "4"], "groups of 8, but with 4 hosts they are of 2 to 4"),
+    ],
+)
+def test_bad_arguments_end_before_anything_is_made(argv, message, monkeypatch, capsys):
+    monkeypatch.setattr(step_time, "check_machine", lambda *_: None)
+    monkeypatch.setattr(step_time, "run_all", lambda args: pytest.fail("ran"))
+    with pytest.raises(SystemExit, match="2"):
+        step_time.main(argv)
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_setting_that_the_kernel_lacks_is_skipped_with_its_reason(monkeypatch, capsys):
+    monkeypatch.setattr(cluster.sys, "platform", "linux")
+    monkeypatch.setattr(cluster.os, "geteuid", lambda: 0)
+    monkeypatch.setattr(cluster.shutil, "which", lambda tool: tool)
+    monkeypatch.setattr(cluster, "_kernel_has_netem", lambda: False)
+    args = step_time.parse(["--short"])
+    assert "high-latency" not in args.settings
+    assert "netem, which this kernel lacks" in args.skipped["high-latency"]
+    with pytest.raises(SystemExit, match="2"):
+        step_time.parse(["--settings", "high-latency"])
+    assert "no setting is left" in capsys.readouterr().err
+
+
+def test_an_arms_name_spells_the_strategys_options():
+    assert dssync_options("dssync") == {}
+    assert dssync_options("dssync-blocking-g4-every2-bf16") == {
+        "overlap": False, "group_size": 4, "sync_every": 2, "wire_dtype": "bf16",
+    }  # fmt: skip
+
+
+def made_up(case: str, arm: str, repetition: int, seconds: float, others: float = 0.0) -> Run:
+    sent = {"ddp": 1.75e6, "compute": 0.0}.get(arm, 1e6)
+    return Run(case, arm, repetition, seconds, seconds, seconds, sent, sent, 4e6, 4e6, MB, 0.0, others)
+
+
+def test_ratios_are_taken_within_a_repetition():
+    # The machine is twice as slow in repetition 1: medians over all runs would compare unlike with unlike.
+    runs = [made_up("a", "ddp", i, 2.0 * slow) for i, slow in enumerate((1, 2, 1))]
+    runs += [made_up("a", "dssync", i, 1.25 * slow) for i, slow in enumerate((1, 2))]
+    runs += [made_up("a", "compute", 0, 1.0), made_up("w", "dssync", 0, 1.0), made_up("b", "dssync", 0, 3.0)]
+    rows = {(row.case, row.arm): row for row in report.summarize(runs, {"a": "w"})}
+    assert ("a", "compute") not in rows
+    mine = rows["a", "dssync"]
+    assert mine.ratio == 1.6
+    assert mine.step == 1.875
+    assert mine.spread == 0.625
+    assert mine.bytes_ratio == 1
+    assert (mine.compute, mine.wire) == (1, 1)
+    assert mine.hidden == 1 + 1 - 1.875
+    assert rows["a", "ddp"].ratio == 1
+    assert rows["a", "ddp"].bytes_ratio == 1.75
+    assert (rows["b", "dssync"].ratio, rows["b", "dssync"].hidden) == (None, None)
+
+
+def test_disturbed_repetitions_are_left_out_where_enough_remain():
+    runs = [made_up("a", arm, i, 1.0, others=0.3 * (i == 1)) for i in range(3) for arm in ("ddp", "dssync")]
+    kept, messages = report.undisturbed(runs, 0.1)
+    assert {run.repetition for run in kept} == {0, 2}
+    assert messages == ["a: others took processor time in repetitions 1 (30%); left out"]
+    kept, messages = report.undisturbed(runs[:4], 0.1)
+    assert len(kept) == 4
+    assert "kept, for lack of others" in messages[0]
+
+
+def test_the_table_shows_who_loses_and_the_picture_is_drawn(tmp_path):
+    runs = [made_up("a", "ddp", 0, 1.0), made_up("a", "dssync", 0, 2.0), made_up("b", "dssync", 0, 2.0)]
+    rows = report.summarize(runs)
+    text = report.markdown(rows, {"a": "Setting A"})
+    assert "### Setting A" in text
+    assert "| dssync | 2.000 ± 0.000 | 0.50 | 1,000,000 | 1.000 |" in text
+    widths = {line.count("|") for line in text.splitlines() if line.startswith("|")}
+    assert len(widths) == 1
+    assert len(report.console_tables(rows, {})) == 2
+    report.plot(rows, {}, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+# ---- with a cluster -------------------------------------------------------------------------------------------------
+
+
+def reach(rank: int, hosts: int, interface: str) -> tuple[str, str, list[str]]:
+    """Every rank greets every other."""
+    server = socket.create_server((f"10.0.0.{rank + 1}", 4000))
+    peers = [r for r in range(hosts) if r != rank]
+    greetings = []
+    for peer in peers:
+        for _ in range(100):
+            try:
+                with socket.create_connection((f"10.0.0.{peer + 1}", 4000), timeout=5) as s:
+                    s.sendall(str(rank).encode())
+                break
+            except ConnectionRefusedError:
+                time.sleep(0.02)
+    for _ in peers:
+        greetings.append(server.accept()[0].recv(10).decode())
+    return os.environ["RANK"], os.environ["WORLD_SIZE"], sorted(greetings)
+
+
+@needs_cluster
+def test_every_host_knows_its_rank_and_reaches_the_others_and_all_is_gone_afterwards():
+    with homogeneous(4) as c, homogeneous(2) as another:  # two may coexist
+        assert len(namespaces_of(os.getpid())) == 4 + 2 + 2 + 2
+        results = c.call(reach, 4, c.interface, timeout=30)
+        assert another.call(reach, 2, c.interface, timeout=30)[1] == ("1", "2", ["0"])
+    for rank, result in enumerate(results):
+        assert result == (str(rank), "4", sorted(str(r) for r in range(4) if r != rank))
+    assert not namespaces_of(os.getpid())
+
+
+def fail_or_sleep(rank: int) -> None:
+    if rank == 1:
+        raise KeyError("no such thing")
+    time.sleep(60)
+
+
+@needs_cluster
+def test_a_rank_that_fails_shows_its_traceback_and_ends_the_others():
+    start = time.monotonic()
+    with homogeneous() as c:
+        with pytest.raises(RankError, match=r"(?s)rank 1 failed in fail_or_sleep.*KeyError: 'no such thing'"):
+            c.call(fail_or_sleep, timeout=30)
+        with pytest.raises(TimeoutError, match=r"ranks \[0, 1\] did not finish sleep within 0.5 s"):
+            c.call(sleep, timeout=0.5)
+    assert time.monotonic() - start < 20
+    assert not namespaces_of(os.getpid())
+
+
+def sleep(rank: int) -> None:
+    time.sleep(60)
+
+
+@needs_cluster
+def test_an_exception_in_the_body_and_a_dead_owner_leave_nothing():
+    with pytest.raises(ZeroDivisionError), homogeneous():
+        raise ZeroDivisionError
+    assert not namespaces_of(os.getpid())
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    subprocess.run(["ip", "netns", "add", f"{cluster.PREFIX}-{gone.pid}-0-host0"], check=True)
+    with homogeneous():
+        assert not namespaces_of(gone.pid)
+
+
+def cli(*arguments: str, **options) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.cluster", "--hosts", "2", *arguments],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options,
+    )  # fmt: skip
+
+
+@needs_cluster
+def test_the_command_line_prefixes_output_and_returns_the_first_failure():
+    process = cli("--", "sh", "-c", "echo I am $RANK of $WORLD_SIZE; test $RANK = 0 || exit 7; sleep 60")
+    output, _ = process.communicate(timeout=60)
+    assert "[0] I am 0 of 2\n" in output
+    assert "[1] I am 1 of 2\n" in output
+    assert "rank 1 ended with 7" in output
+    assert process.returncode == 7
+    assert not namespaces_of(process.pid)
+    process = cli("--timeout", "1", "--", "sleep", "60")
+    output, _ = process.communicate(timeout=60)
+    assert "ranks [0, 1] did not finish within 1 s" in output
+    assert process.returncode == 124
+    assert not namespaces_of(process.pid)
+
+
+@needs_cluster
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_takes_the_cluster_down(number):
+    process = cli("--", "sh", "-c", "echo up $$; sleep 60 & wait")
+    assert process.stdout is not None
+    pids = [int(process.stdout.readline().split()[-1]) for _ in range(2)]
+    assert namespaces_of(process.pid)
+    process.send_signal(number)
+    assert process.wait(timeout=20) == 128 + number
+    assert not namespaces_of(process.pid)
+    assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+
+
+def transfer(rank: int, pairs: dict[int, int], size: int, start: float) -> tuple[float, int]:
+    """Sends `size` bytes to the rank's partner of `pairs` at the time `start`, receives from whose partner it is.
+
+    Returns:
+        Seconds until all had come, and bytes that the interface sent meanwhile.
+    """
+    os.nice(-10)
+    server = socket.create_server((f"10.0.0.{rank + 1}", 4000))
+    time.sleep(max(0.0, start - time.monotonic()))
+    before, end = sent_by("eth0"), start
+
+    def send() -> None:
+        with socket.create_connection((f"10.0.0.{pairs[rank] + 1}", 4000), timeout=20) as s:
+            s.sendall(bytes(size))
+
+    sender = threading.Thread(target=send)
+    if rank in pairs:
+        sender.start()
+    incoming = [server.accept()[0] for target in pairs.values() if target == rank]
+    while incoming:
+        for connection in select.select(incoming, [], [])[0]:
+            if not connection.recv(1 << 20):
+                incoming.remove(connection)
+        end = time.monotonic()
+    if rank in pairs:
+        sender.join()
+    time.sleep(0.3)  # until what was sent has left
+    return end - start, sent_by("eth0") - before
+
+
+@needs_cluster
+@pytest.mark.parametrize(
+    ("pairs", "trunk", "seconds"),
+    [
+        ({0: 1, 1: 0}, None, 0.4),  # a host's link carries 100 Mbit/s in each direction at the same time
+        ({0: 1, 2: 1}, None, 0.8),  # both share the link of their target
+        ({0: 2, 1: 3, 2: 0, 3: 1}, 100.0, 0.8),  # two pairs share the trunk, both directions at once
+    ],
+)
+def test_shaping_holds_and_counters_count(pairs, trunk, seconds):
+    size = 5 * MB
+    wire = seconds * 1514 / 1448  # with the headers of Ethernet, IP and TCP
+    fastest = float("inf")
+    with Cluster(4, 100, SETTINGS["homogeneous"], trunk) as c:
+        for _ in range(6):  # whatever else runs on this machine delays it, but nothing makes it faster
+            before = c.bytes_sent()
+            results = c.call(transfer, pairs, size, time.monotonic() + 1, timeout=30)
+            sent = [now - then for now, then in zip(c.bytes_sent(), before, strict=True)]
+            fastest = min(fastest, max(took for took, _ in results))
+            if fastest < 1.1 * wire:
+                break
+    assert fastest == pytest.approx(wire, rel=0.1)
+    for rank in pairs:
+        assert results[rank][1] == pytest.approx(size, rel=0.05)
+        assert sent[rank] == pytest.approx(size, rel=0.05)
+
+
+def watch_rates(rank: int) -> list[str]:
+    rates = []
+    for _ in range(15):
+        shown = subprocess.run(["tc", "qdisc", "show", "dev", "eth0"], capture_output=True, text=True).stdout
+        rates.append(shown.split("rate ")[1].split()[0])
+        time.sleep(0.1)
+    return rates
+
+
+@needs_cluster
+def test_a_contended_link_changes_while_it_is_used(monkeypatch):
+    monkeypatch.setattr(cluster, "CONTENTION_PERIOD", 0.1)
+    with Cluster(2, 100, SETTINGS["contended"]) as c:
+        shown = c.call(watch_rates, timeout=30)[0]
+        rates = {int(rate.removesuffix("Kbit").replace("Mbit", "000")) for rate in shown}
+    assert len(rates) > 2
+    assert min(rates) >= 25_000
+    assert max(rates) <= 100_000
+
+
+@needs_cluster
+@pytest.mark.slow
+def test_step_times_of_real_fits_end_to_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(step_time, "exit_on_sigterm", lambda: None)
+    argv = "--hosts 4 --parameters-mb 1.5 --compute 0.01 --steps 4 --repetitions 1 --settings homogeneous loopback"
+    argv += f" --arms ddp ddp-bf16 dssync --timeout 60 --output {tmp_path} --trace {tmp_path / 'trace'}"
+    assert step_time.main(argv.split()) == 0
+    (folder,) = (tmp_path / "step_time").iterdir()
+    assert (folder / "step_time.png").stat().st_size > 10_000
+    assert "| dssync |" in (folder / "table.md").read_text()
+    record = json.loads((folder / "runs.json").read_text())
+    assert record["command"].startswith("python -m benchmarks.step_time --hosts 4")
+    rows = {(row["case"], row["arm"]): row for row in record["rows"]}
+    for case, tolerance in {"homogeneous": 0.05, "loopback": 0.1}.items():
+        assert rows[case, "ddp"]["bytes_ratio"] == pytest.approx(1.5, rel=tolerance)
+        assert rows[case, "ddp-bf16"]["bytes_ratio"] == pytest.approx(0.75, rel=tolerance)
+        assert rows[case, "dssync"]["bytes_ratio"] == pytest.approx(1.0, rel=tolerance)
+    assert all(row["memory"] > 0 and row["step"] > 0 and row["compute"] > 0 for row in record["rows"])
+    assert json.loads((tmp_path / "trace" / "homogeneous-dssync-rank1.json").read_text())["traceEvents"]
+
+
+@needs_cluster
+def test_a_run_that_hangs_ends_with_the_ranks_it_waited_for(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(step_time, "exit_on_sigterm", lambda: None)
+    argv = f"--hosts 2 --settings homogeneous --arms ddp --timeout 1 --compute 60 --output {tmp_path}"
+    assert step_time.main(argv.split()) == 1
+    assert "error: ranks [0, 1] did not finish measure within 1 s" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+    assert not namespaces_of(os.getpid())
