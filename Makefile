@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo parity lint types check test clean
+.PHONY: install demo parity wires lint types check test clean
 
 install: $(STAMP)
 
@@ -19,6 +19,9 @@ demo: install
 
 parity: install
 	$(RUN) -m recipes.demo --parity
+
+wires: install
+	$(RUN) -m recipes.demo --wires
 
 lint: install
 	$(VENV)/bin/ruff check .
