@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo parity benchmark lint types check test clean
+.PHONY: install demo parity wires benchmark lint types check test clean
 
 install: $(STAMP)
 
@@ -19,6 +19,9 @@ demo: install
 
 parity: install
 	$(RUN) -m recipes.demo --parity
+
+wires: install
+	$(RUN) -m recipes.demo --wires
 
 # Needs root, Linux, ip and tc; under 10 minutes.
 benchmark: install

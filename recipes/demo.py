@@ -1,6 +1,7 @@
 """DDP against DS-Sync on this machine's processor: `python -m recipes.demo`, and with `--parity` over seeds.
 
-Both train the wide_resnet recipe on digits: same seed, model, data, steps and learning rate. Only `strategy=` differs.
+With `--wires` it is DS-Sync at one wire dtype against another. All train the wide_resnet recipe on digits: same seed,
+model, data, steps and learning rate. Only the strategy, or its wire dtype, differs.
 """
 
 from __future__ import annotations
@@ -9,9 +10,11 @@ import argparse
 import csv
 import json
 import logging
+import math
 import multiprocessing
 import statistics
 import time
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,14 +27,18 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
+from recipes.data import Digits
 from recipes.train import train
 
 STRATEGIES = ("ddp", "dssync")
+WIRES = {"fp32": "null", "bf16": "bf16", "int8": "int8"}  # what each arm of `--wires` sets strategy.wire_dtype to
 CONF = Path(__file__).resolve().parents[1] / "conf"
 LEARNING_RATE = 0.1
 LEARNING_RATES = (0.05, 0.1, 0.2)
 TUNING_SEEDS = (100, 101)
-SEEDS = (0, 1, 2, 3, 4)
+# Of `--wires`: twice the workers take half the batch each, so that steps and learning rate suit any number of them.
+GLOBAL_BATCH = 64
+STEPS_PER_EPOCH = 18  # of the digits at that global batch
 
 
 class Curve(NamedTuple):
@@ -48,6 +55,17 @@ def configure(strategy: str, folder: Path, overrides: list[str]) -> DictConfig:
             "config",
             ["recipe=wide_resnet", f"strategy={strategy}", f"output_dir='{folder}'", *overrides],
         )
+
+
+def settings(workers: int, epochs: int, lr: float, seed: int) -> list[str]:
+    """The overrides that every run here sets."""
+    return [
+        f"trainer.devices={workers}",
+        f"trainer.max_epochs={epochs}",
+        f"model.optimizer.lr={lr}",
+        f"seed={seed}",
+        "callbacks.checkpoint=null",
+    ]
 
 
 def run(cfg: DictConfig) -> dict[str, float]:
@@ -89,14 +107,14 @@ def ddp_bytes_per_step(cfg: DictConfig) -> float:
 def demo(args: argparse.Namespace) -> None:
     """Trains under both strategies, prints the comparison and draws the learning curves."""
     console = Console()
-    overrides = [f"trainer.devices={args.workers}", f"trainer.max_epochs={args.epochs}"]
-    overrides += [f"model.optimizer.lr={args.lr}", f"seed={args.seed}", "callbacks.checkpoint=null"]
+    (workers,) = args.workers
+    overrides = settings(workers, args.epochs, args.lr, args.seed)
     results, folders = {}, {}
     for strategy in STRATEGIES:
         folders[strategy] = args.output / "demo" / f"{strategy}-{time.strftime('%Y-%m-%d_%H-%M-%S')}"
         monitor = ["callbacks=consensus", "callbacks.consensus.every_n_steps=20"] if strategy == "dssync" else []
         cfg = configure(strategy, folders[strategy], [*overrides, *monitor])
-        console.rule(f"{strategy}: {args.workers} CPU workers, {args.epochs} epochs")
+        console.rule(f"{strategy}: {workers} CPU workers, {args.epochs} epochs")
         results[strategy] = run(cfg)
         if strategy == "ddp":
             results[strategy]["bytes"], results[strategy]["distance"] = ddp_bytes_per_step(cfg), 0.0
@@ -149,22 +167,78 @@ def plot(folders: dict[str, Path], path: Path) -> None:
     plt.close(figure)
 
 
-def parity(args: argparse.Namespace) -> None:
+class Study:
+    """Runs of the recipe, one after the other, that a table compares.
+
+    Args:
+        folder: gets each run's logs, `runs.json` with the results of the runs so far, and the table. Runs that its
+            `runs.json` holds already are not repeated.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self.file = folder / "runs.json"
+        self.runs: list[dict[str, Any]] = json.loads(self.file.read_text()) if self.file.exists() else []
+
+    def train(self, name: str, strategy: str, overrides: list[str], metric: str) -> dict[str, float]:
+        """Trains as `overrides` say unless that was done before, prints `metric` and returns the results."""
+        key = [f"strategy={strategy}", *overrides]
+        results: dict[str, float] | None = next((r["results"] for r in self.runs if r["overrides"] == key), None)
+        if results is None:
+            folder = self.folder / name.replace(" ", "-")
+            results = run(configure(strategy, folder, [*overrides, "callbacks.progress=null"]))
+            self.runs.append({"name": name, "overrides": key, "results": results})
+            self.file.write_text(json.dumps(self.runs, indent=2) + "\n")
+        print(f"{name:32s} {metric} {100 * results[metric]:6.2f}%", flush=True)
+        return results
+
+    def report(self, lines: list[str]) -> None:
+        """Prints the markdown table and writes it to the folder."""
+        table = "\n".join(lines)
+        (self.folder / "table.md").write_text(table + "\n")
+        print(f"\n{table}\n\noutputs in {self.folder}")
+
+
+def header(label: str, arms: Iterable[str]) -> list[str]:
+    """The head of a markdown table with a column for each arm and for its difference to the first."""
+    first, *others = arms
+    columns = [label, first, *others, *(f"{arm} - {first}" for arm in others)]
+    return [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+
+
+def paired(label: str, arms: dict[str, list[float]], digits: int, each: bool = False) -> list[str]:
+    """Rows under :func:`header`: mean, standard deviation and standard error of arms and of paired differences.
+
+    Args:
+        label: what the rows are called.
+        arms: for each arm the values of seeds 0, 1 and so on.
+        digits: behind the point.
+        each: whether every seed gets a row too.
+    """
+    first, *others = arms.values()
+    columns = [(values, "") for values in (first, *others)]
+    columns += [([b - a for a, b in zip(first, values, strict=True)], "+") for values in others]
+    spreads = [statistics.stdev(values) if len(values) > 1 else math.nan for values, _ in columns]
+    rows: dict[str, list[str]] = {}
+    for i in range(len(first)) if each else ():
+        rows[f"seed {i}"] = [f"{values[i]:{sign}.{digits}f}" for values, sign in columns]
+    rows[f"{label}mean ± sd"] = [
+        f"{statistics.mean(values):{sign}.{digits}f} ± {spread:.{digits}f}"
+        for (values, sign), spread in zip(columns, spreads, strict=True)
+    ]
+    rows[f"{label}standard error"] = [f"{spread / len(first) ** 0.5:.{digits}f}" for spread in spreads]
+    return [f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items()]
+
+
+def parity(args: argparse.Namespace, study: Study) -> None:
     """Tunes one learning rate for both strategies, then compares their test accuracies over fresh seeds."""
-    common = [f"trainer.devices={args.workers}", f"trainer.max_epochs={args.epochs}"]
-    common += ["callbacks.checkpoint=null", "callbacks.progress=null"]
-    folder = args.output / "parity" / time.strftime("%Y-%m-%d_%H-%M-%S")
-    records: list[dict[str, Any]] = []
+    (workers,) = args.workers
 
     def accuracy(strategy: str, lr: float, seed: int, split: str) -> float:
-        cfg = configure(
-            strategy, folder / f"{strategy}-lr{lr}-seed{seed}", [*common, f"model.optimizer.lr={lr}", f"seed={seed}"]
-        )
-        results = run(cfg)
-        records.append({"strategy": strategy, "lr": lr, "seed": seed, **results})
-        value = 100 * results[f"{split}/accuracy"]
-        print(f"{strategy:7s} lr {lr:<5g} seed {seed:<4d} {split} accuracy {value:6.2f}", flush=True)
-        return value
+        overrides = settings(workers, args.epochs, lr, seed)
+        metric = f"{split}/accuracy"
+        return 100 * study.train(f"{strategy} lr {lr:g} seed {seed}", strategy, overrides, metric)[metric]
 
     print("Tuning on the validation split:")
     tuned = {
@@ -176,44 +250,96 @@ def parity(args: argparse.Namespace) -> None:
     lr = max(LEARNING_RATES, key=lambda lr: sum(tuned[strategy, lr] for strategy in STRATEGIES))
     print(f"Comparing at lr {lr:g} on the test split:")
     test: dict[str, list[float]] = {strategy: [] for strategy in STRATEGIES}
-    for seed in SEEDS:
+    for seed in range(args.seeds):
         for strategy in STRATEGIES:
             test[strategy].append(accuracy(strategy, lr, seed, "test"))
 
-    lines = [f"| lr (seeds {', '.join(map(str, TUNING_SEEDS))}) | " + " | ".join(STRATEGIES) + " |", "|---|---|---|"]
+    lines = [f"| lr (validation accuracy, seeds {', '.join(map(str, TUNING_SEEDS))}) | {' | '.join(STRATEGIES)} |"]
+    lines.append("|---|---|---|")
     for rate in LEARNING_RATES:
         means = " | ".join(f"{tuned[strategy, rate]:.2f}" for strategy in STRATEGIES)
         lines.append(f"| {rate:g}{' (taken)' if rate == lr else ''} | {means} |")
-    ddp, dssync = (test[strategy] for strategy in STRATEGIES)
-    lines += ["", f"| test accuracy at lr {lr:g} (%) | ddp | dssync | dssync - ddp |", "|---|---|---|---|"]
-    lines += [
-        f"| seed {seed} | {a:.2f} | {b:.2f} | {b - a:+.2f} |" for seed, a, b in zip(SEEDS, ddp, dssync, strict=True)
-    ]
-    difference = [b - a for a, b in zip(ddp, dssync, strict=True)]
-    cells = [f"{statistics.mean(x):.2f} ± {statistics.stdev(x):.2f}" for x in (ddp, dssync)]
-    cells.append(f"{statistics.mean(difference):+.2f} ± {statistics.stdev(difference):.2f}")
-    lines.append(f"| mean ± sd | {' | '.join(cells)} |")
-    table = "\n".join(lines)
-    print(f"\nMean validation accuracy (%) while tuning, then test accuracy:\n\n{table}\n")
-    (folder / "parity.md").write_text(table + "\n")
-    (folder / "runs.json").write_text(json.dumps(records, indent=2) + "\n")
-    print(f"outputs in {folder}")
+    lines += ["", *header(f"test accuracy at lr {lr:g} (%)", STRATEGIES), *paired("", test, 2, each=True)]
+    study.report(lines)
+
+
+def wires(args: argparse.Namespace, study: Study) -> None:
+    """Compares DS-Sync's wire dtypes over seeds, with everything else the same, for each number of workers."""
+    lines: list[str] = []
+    for workers in args.workers:
+        arms: dict[str, list[dict[str, float]]] = {wire: [] for wire in WIRES}
+        for seed in range(args.seeds):
+            for wire, wire_dtype in WIRES.items():
+                overrides = [
+                    *settings(workers, args.epochs, args.lr, seed),
+                    f"strategy.wire_dtype={wire_dtype}",
+                    f"data.batch_size={GLOBAL_BATCH // workers}",
+                    # A validation makes the replicas equal: one at the end alone forgives a wire's rounding nothing.
+                    f"trainer.check_val_every_n_epoch={args.epochs}",
+                    "callbacks=consensus",
+                    f"callbacks.consensus.every_n_steps={STEPS_PER_EPOCH}",
+                ]
+                name = f"{workers} workers {wire} lr {args.lr:g} seed {seed}"
+                arms[wire].append(study.train(name, "dssync", overrides, "test/accuracy"))
+        lines += ["", *wires_table(f"{workers} workers, lr {args.lr:g}, test accuracy (%)", arms)]
+    study.report(lines[1:])
+
+
+def wires_table(label: str, arms: dict[str, list[dict[str, float]]]) -> list[str]:
+    """The comparison of wires at one number of workers.
+
+    One of the 360 test images is 0.28 points of accuracy, so finer measures of the same runs stand below it: accuracy
+    on all images that were not trained on, and the loss.
+    """
+
+    def values(metric: str) -> dict[str, list[float]]:
+        return {arm: [results[metric] for results in runs] for arm, runs in arms.items()}
+
+    digits = Digits(GLOBAL_BATCH)
+    digits.setup()
+    sizes = {"val/accuracy": len(digits.val_set), "test/accuracy": len(digits.test_set)}  # type: ignore[arg-type]
+    images = sum(sizes.values())
+    unseen = {
+        arm: [100 * sum(size * results[metric] for metric, size in sizes.items()) / images for results in runs]
+        for arm, runs in arms.items()
+    }
+    test = {arm: [100 * accuracy for accuracy in column] for arm, column in values("test/accuracy").items()}
+    lines = [*header(label, arms), *paired("", test, 2, each=True)]
+    lines += paired("validation and test accuracy (%), ", unseen, 2)
+    lines += paired("test loss, ", values("test/loss"), 4)
+    lines += paired("last consensus distance, ", values("dssync/consensus_distance"), 4)[:1]
+    sent = [f"{statistics.mean(column):,.0f}" for column in values("dssync/bytes_sent").values()]
+    lines.append(f"| bytes sent per worker per step | {' | '.join(sent)} |" + " |" * (len(arms) - 1))
+    return lines
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parses the command line and runs the demo or the parity comparison."""
+    """Parses the command line and runs the demo or a comparison over seeds."""
     parser = argparse.ArgumentParser(
         prog="python -m recipes.demo",
         description="Trains a small WideResNet on scikit-learn's digits with several CPU workers under DDP and under "
-        "DS-Sync, and compares them. Takes about a minute on two cores; with --parity about seven.",
+        "DS-Sync, and compares them. Takes about a minute on two cores; with --parity about seven, with --wires about "
+        "ten.",
     )
-    parser.add_argument(
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument(
         "--parity",
         action="store_true",
         help=f"tune the learning rate on {len(TUNING_SEEDS)} seeds by validation accuracy, then compare test accuracy "
-        f"over {len(SEEDS)} other seeds (ignores --lr and --seed)",
+        "over other seeds (ignores --lr and --seed)",
     )
-    parser.add_argument("--workers", type=int, default=4, help="CPU workers, at least 2 (default: %(default)s)")
+    kind.add_argument(
+        "--wires",
+        action="store_true",
+        help=f"compare DS-Sync's wire dtypes {', '.join(WIRES)} over seeds, at a global batch of {GLOBAL_BATCH} "
+        "(ignores --seed)",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        nargs="+",
+        help="CPU workers, at least 2 (default: 4); --wires takes several numbers (default: 4 8)",
+    )
     parser.add_argument(
         "--epochs",
         type=int,
@@ -223,16 +349,40 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--lr", type=float, default=LEARNING_RATE, help="learning rate (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and data order (default: %(default)s)")
     parser.add_argument(
+        "--seeds", type=int, default=5, help="--parity and --wires compare seeds 0 to SEEDS - 1 (default: %(default)s)"
+    )
+    parser.add_argument(
         "--output", type=Path, default=Path("outputs"), help="folder for results (default: %(default)s)"
     )
+    parser.add_argument(
+        "--resume",
+        type=Path,
+        metavar="FOLDER",
+        help="folder of an earlier --parity or --wires: go on there, without repeating what it has finished",
+    )
     args = parser.parse_args(argv)
-    if args.workers < 2:
-        parser.error(f"--workers is {args.workers}, but comparing ways to synchronize takes at least 2")
+    args.workers = args.workers or ([4, 8] if args.wires else [4])
+    if min(args.workers) < 2:
+        parser.error(f"--workers is {min(args.workers)}, but comparing ways to synchronize takes at least 2")
+    if len(args.workers) > 1 and not args.wires:
+        parser.error(f"--workers is {args.workers}, but only --wires takes several numbers")
+    if args.wires and any(GLOBAL_BATCH % workers for workers in args.workers):
+        parser.error(f"--workers is {args.workers}, but must divide the global batch of {GLOBAL_BATCH}")
     if args.epochs < 1:
         parser.error(f"--epochs is {args.epochs}, but must be at least 1")
     if not args.lr > 0:
         parser.error(f"--lr is {args.lr}, but must be positive")
-    (parity if args.parity else demo)(args)
+    if not 1 <= args.seeds <= min(TUNING_SEEDS):
+        parser.error(f"--seeds is {args.seeds}, but must be 1 to {min(TUNING_SEEDS)} (the next ones tune)")
+    if not (args.parity or args.wires):
+        if args.resume:
+            parser.error("--resume takes up a comparison over seeds: add --parity or --wires")
+        demo(args)
+        return
+    if args.resume and not args.resume.is_dir():
+        parser.error(f"--resume is {args.resume}, but there is no such folder")
+    compare = parity if args.parity else wires
+    compare(args, Study(args.resume or args.output / compare.__name__ / time.strftime("%Y-%m-%d_%H-%M-%S")))
 
 
 if __name__ == "__main__":

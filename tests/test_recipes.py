@@ -20,6 +20,7 @@ from torch.utils.data import TensorDataset
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from recipes.data import Cifar, Digits, ImageData, ImageNet, even_batch_size
+from recipes.demo import header, paired
 from recipes.wide_resnet import ImageClassifier, timm_model, wide_resnet
 
 
@@ -224,3 +225,22 @@ def test_top5_accuracy_is_logged_for_many_classes():
     optimizer = partial(torch.optim.SGD, lr=0.1)
     assert list(ImageClassifier(nn.Identity(), 10, optimizer).test_accuracy) == ["test/accuracy"]
     assert set(ImageClassifier(nn.Identity(), 100, optimizer).val_accuracy) == {"val/accuracy", "val/top5_accuracy"}
+
+
+def test_arms_are_compared_seed_by_seed():
+    arms = {"fp32": [98.0, 97.0, 99.0], "int8": [98.5, 97.0, 98.0]}
+    rows = [*header("accuracy", arms), *paired("", arms, 2, each=True)]
+    # Differences 0.5, 0 and -1: their mean is -1/6, their standard deviation 0.764.
+    assert rows == [
+        "| accuracy | fp32 | int8 | int8 - fp32 |",
+        "|---|---|---|---|",
+        "| seed 0 | 98.00 | 98.50 | +0.50 |",
+        "| seed 1 | 97.00 | 97.00 | +0.00 |",
+        "| seed 2 | 99.00 | 98.00 | -1.00 |",
+        "| mean ± sd | 98.00 ± 1.00 | 97.83 ± 0.76 | -0.17 ± 0.76 |",
+        "| standard error | 0.58 | 0.44 | 0.44 |",
+    ]
+    assert paired("loss, ", {"fp32": [1.0], "int8": [3.0]}, 1) == [
+        "| loss, mean ± sd | 1.0 ± nan | 3.0 ± nan | +2.0 ± nan |",
+        "| loss, standard error | nan | nan | nan |",
+    ]
