@@ -29,6 +29,8 @@ class Lane:
     The thread ends with the lane. It is a daemon: a process that fails must end, whatever this thread waits for.
     """
 
+    groups_messages = False  # whether what a rank sends and receives must be one operation
+
     def __init__(self) -> None:
         self.clock: Clock | None = None
         self._tasks: queue.SimpleQueue[tuple[Callable[[], None], Future[None], Clock | None] | None] | None = None
@@ -73,6 +75,8 @@ def _work_off(tasks: queue.SimpleQueue[Any]) -> None:
 
 class StreamLane(Lane):
     """Runs tasks on a CUDA stream of its own: NCCL's waits hold up the stream, never the host."""
+
+    groups_messages = True
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()

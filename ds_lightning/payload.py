@@ -84,13 +84,17 @@ class Payload:
         self._lane = lane
         if self._gappy:
             torch._foreach_copy_(self._stand_ins, self._gappy)
-        trips = []
-        for bucket, first, second in zip(route.layout.buckets, route.first, route.second, strict=True):
+        trips = [
+            _Trip(*legs, lane.groups_messages)
+            for legs in zip(route.layout.buckets, route.first, route.second, strict=True)
+        ]
+        for trip in trips:
+            lane.run(trip.receive)
+        for bucket, trip in zip(route.layout.buckets, trips, strict=True):
             with record_function("dssync: pack"):
                 bucket.pack()
             with record_function("dssync: average"):
-                trips.append(_Trip(bucket, first, second))
-                lane.run(trips[-1].send)
+                lane.run(trip.send)
         for i, trip in enumerate(trips):
             if len(members) > 2:
                 # There is room for a rounded mean again when the bucket _AHEAD before it has arrived.
@@ -140,9 +144,8 @@ class Payload:
         route = self._routes[members] = _Route(layout)
         for i, b in enumerate(layout.buckets):
             tag = (self._channel << 16) + 2 * i
-            route.first.append(_messages(b.own, b.received, others, group, tag))
-            means = [b.rounded] * len(others)
-            route.second.append(_messages(means, b.received, others, group, tag + 1) if len(others) > 1 else [])
+            route.first.append(_Messages(b.own, b.received, others, group, tag))
+            route.second.append(_Messages([b.rounded] * len(others), b.received, others, group, tag + 1))
         return route
 
 
@@ -151,15 +154,19 @@ class _Route:
     """The messages of a payload in one group, by bucket."""
 
     layout: _Layout
-    first: list[list[dist.P2POp]] = field(default_factory=list)
-    second: list[list[dist.P2POp]] = field(default_factory=list)  # empty for pairs
+    first: list[_Messages] = field(default_factory=list)
+    second: list[_Messages] = field(default_factory=list)  # of groups above two
 
 
-def _messages(
-    sent: list[Tensor], received: list[Tensor], others: list[int], group: dist.ProcessGroup, tag: int
-) -> list[dist.P2POp]:
-    send = [dist.P2POp(dist.isend, row, rank, group, tag) for row, rank in zip(sent, others, strict=True)]
-    return send + [dist.P2POp(dist.irecv, row, rank, group, tag) for row, rank in zip(received, others, strict=True)]
+class _Messages:
+    """To and from each other member of a group."""
+
+    def __init__(
+        self, sent: list[Tensor], received: list[Tensor], others: list[int], group: dist.ProcessGroup, tag: int
+    ) -> None:
+        to, back = zip(sent, others, strict=True), zip(received, others, strict=True)
+        self.sent = [dist.P2POp(dist.isend, row, rank, group, tag) for row, rank in to]
+        self.received = [dist.P2POp(dist.irecv, row, rank, group, tag) for row, rank in back]
 
 
 class _Trip:
@@ -169,23 +176,37 @@ class _Trip:
     otherwise write down their end, which is often after its own.
     """
 
-    def __init__(self, bucket: _Bucket, first: list[dist.P2POp], second: list[dist.P2POp]) -> None:
-        self._bucket, self._first, self._second = bucket, first, second
+    def __init__(self, bucket: _Bucket, first: _Messages, second: _Messages, grouped: bool) -> None:
+        self._bucket, self._first, self._second, self._grouped = bucket, first, second, grouped
         self._works: list[dist.Work] = []
         self._error: BaseException | None = None
 
+    def receive(self) -> None:
+        """Be ready for the others' messages before sending any.
+
+        With gloo a member may send only what it was told to be expected, and this would queue behind one's own data:
+        a pair would take turns. With NCCL what is sent and received is one operation.
+        """
+        if not self._grouped:
+            self._post(self._first.received)
+
     def send(self) -> None:
-        try:
-            self._works = dist.batch_isend_irecv(self._first)
-        except BaseException as error:
-            self._error = error
+        self._post(self._first.sent + self._first.received if self._grouped else self._first.sent)
 
     @torch.no_grad()
     def send_mean(self) -> None:
         try:
             self.arrive()
             self._bucket.average_own_shard()
-            self._works = dist.batch_isend_irecv(self._second)
+        except BaseException as error:
+            self._error = error
+        self._works = []
+        self._post(self._second.received + self._second.sent)
+
+    def _post(self, messages: list[dist.P2POp]) -> None:
+        try:
+            if self._error is None:
+                self._works += dist.batch_isend_irecv(messages)
         except BaseException as error:
             self._error = error
 
@@ -236,7 +257,7 @@ class _Layout:
             b = _Bucket(
                 own=[own_rows.cut(nbytes)[0] for _ in range(others)],
                 received=[received_rows.cut(nbytes)[0] for _ in range(others)],
-                rounded=rounded[i % _AHEAD][:nbytes] if rounded else torch.empty(0),
+                rounded=rounded[i % _AHEAD][:nbytes] if rounded else torch.empty(0, device=home),
             )
             row = n // shards
             rows = zip(b.own, b.received, strict=True)

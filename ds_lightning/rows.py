@@ -146,11 +146,10 @@ class _RunningRows:
     def _exchange(self, mine: Tensor, theirs: list[Tensor], tag: int) -> list[Tensor]:
         """Send ``mine`` to every other member and receive theirs; empty messages are not sent."""
         tag += self._channel << 16
-        operations = []
-        if mine.numel():
-            operations = [dist.P2POp(dist.isend, mine, rank, self._group, tag) for rank in self._others]
         received = zip(theirs, self._others, strict=True)
-        operations += [dist.P2POp(dist.irecv, room, rank, self._group, tag) for room, rank in received if room.numel()]
+        operations = [dist.P2POp(dist.irecv, room, rank, self._group, tag) for room, rank in received if room.numel()]
+        if mine.numel():
+            operations += [dist.P2POp(dist.isend, mine, rank, self._group, tag) for rank in self._others]
         for work in dist.batch_isend_irecv(operations) if operations else []:
             work.wait()
         self.bytes_sent += mine.nbytes * len(self._others)
