@@ -48,7 +48,7 @@ WARMUP = 4  # PowerSGD, post-local SGD and DDP's buckets settle in the first 3
 SHORT = {
     "hosts": 8,
     "rate": 100.0,
-    "parameters_mb": 2.5,
+    "parameters_mb": 2.0,
     "compute": 0.02,
     "steps": 12,
     "repetitions": 1,
