@@ -30,7 +30,7 @@ from benchmarks.cluster import sent_by
 from ds_lightning import DSSyncStrategy
 
 COMPUTE = "compute"  # the arm that trains without any communication
-PEERS = ("ddp", "ddp-bf16", "ddp-powersgd", "post-local-sgd")
+PEERS = ("ddp", "ddp-default", "ddp-bf16", "ddp-powersgd", "post-local-sgd")
 LAYERS = 16  # of the paced model
 POWERSGD_RANK = 2
 LOCAL_STEPS = 4  # of post-local SGD, between two averages
@@ -242,6 +242,8 @@ def make_strategy(arm: str, parameter_bytes: int, timeout: float) -> Strategy:
         return SingleDeviceStrategy(torch.device("cpu"))
     if arm not in PEERS:
         return DSSyncStrategy(timeout=limit, process_group_backend="gloo", **dssync_options(arm))
+    if arm == "ddp-default":
+        return DDPStrategy(timeout=limit, process_group_backend="gloo")
     # Tuned: with the default of 25 MiB small models fit one bucket, and nothing overlaps backward.
     bucket_cap = min(25.0, max(0.25, parameter_bytes / MIB / 8))
     if arm == "ddp-powersgd":

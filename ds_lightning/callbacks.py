@@ -34,7 +34,7 @@ class ConsensusMonitor(Callback):
     Loggers write the latest values at each of the Trainer's ``log_every_n_steps``.
 
     Its cost: each measurement is an exact global average of the trainable parameters, which all ranks wait for. It
-    sends a ring all-reduce's bytes and takes a few copies of 32 MiB or of the largest parameter. With
+    sends a ring all-reduce's bytes and takes a few copies of a 32nd of them, or of the largest. With
     ``every_n_steps=50`` that is 2% of DDP's bytes, and at most 4% of those of averages in pairs. On four
     CPU processes that shared two cores, measurements with ``every_n_steps=50`` took 5 to 7% of the time of the steps
     with 1.1 million parameters and 17% with 26 thousand; with 1 they took 1.7 and 4 times as long as the steps.

@@ -20,8 +20,9 @@ from torch.optim import Optimizer
 from ds_lightning.groups import require_agreement
 from ds_lightning.wire import by_dtype, distinct, exact_mean_, is_averaged, split
 
-# Values that travel at a time: bounds the memory to a few times this (or the largest tensor).
-_CHUNK = 1 << 20
+# Of all values, the share that travels at a time, at least and at most so many: bounds the memory to a few times this
+# (or the largest tensor).
+_CHUNKS, _SMALLEST_CHUNK, _LARGEST_CHUNK = 32, 1 << 18, 1 << 23
 
 _OTHER, _HISTORY = "other", "history"
 
@@ -138,9 +139,10 @@ def _broadcast(tensors: Iterable[Tensor]) -> None:
 
 def chunks(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
     """Lists of tensors that travel together, so that the memory for it is bounded."""
+    most = min(max(sum(t.numel() for t in tensors) // _CHUNKS, _SMALLEST_CHUNK), _LARGEST_CHUNK)
     chunk: list[Tensor] = []
     for t in tensors:
-        if chunk and sum(c.numel() for c in chunk) + t.numel() > _CHUNK:
+        if chunk and sum(c.numel() for c in chunk) + t.numel() > most:
             yield chunk
             chunk = []
         chunk.append(t)

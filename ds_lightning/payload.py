@@ -32,7 +32,7 @@ from ds_lightning.wire import Code, codec_for
 # mostly latency, and more would only delay the first byte.
 _BUCKETS, _SMALLEST_BUCKET, _LARGEST_BUCKET = 8, 1 << 18, 1 << 22
 # Values rounded at a time: what stays in a processor's cache; a GPU prefers few large kernels.
-_TILE_ON_CPU, _TILE_ON_GPU = 1 << 16, 1 << 22
+_TILE_ON_CPU, _TILE_ON_GPU = 1 << 15, 1 << 22
 # Buckets of which the second stage may be under way: each needs room for its rounded mean.
 _AHEAD = 2
 
@@ -44,7 +44,7 @@ class Payload:
     between, the tensors may be read and written.
 
     The buffers take, as multiples of the tensors' bytes in fp32: 2 at an fp32 wire, 1 at bf16 and fp16, 0.53 (pairs) to
-    0.65 (groups of 4) at int8; besides, two tiles of 256 KiB (on a GPU 16 MiB).
+    0.65 (groups of 4) at int8; besides, two tiles of 128 KiB (on a GPU 16 MiB).
 
     Args:
         tensors: Strided real floating tensors of one dtype that do not overlap; of the same shapes and strides on all
@@ -196,7 +196,7 @@ class _Trip:
     @torch.no_grad()
     def send_mean(self) -> None:
         try:
-            self.arrive()
+            self._wait()
             self._bucket.average_own_shard()
         except BaseException as error:
             self._error = error
@@ -210,7 +210,12 @@ class _Trip:
         except BaseException as error:
             self._error = error
 
+    @torch.no_grad()
     def arrive(self) -> None:
+        self._wait()
+        self._bucket.subtract()
+
+    def _wait(self) -> None:
         if self._error is not None:
             raise self._error
         for work in self._works:
@@ -302,6 +307,10 @@ class _Bucket:
         for tile in self.shard:
             tile.average()
 
+    def subtract(self) -> None:
+        for tile in self.tiles:
+            tile.subtract()
+
     def apply(self) -> None:
         for tile in self.tiles:
             tile.apply()
@@ -315,21 +324,32 @@ class _SentTile:
     ) -> None:
         n = sum(piece.numel() for piece in pieces)
         self._pieces, self._own, self._received, self._codec, self._weight = pieces, own, received, codec, weight
-        self._difference, self._other = scratch[0][:n], scratch[1][:n]
-        self._views = _like(self._difference, pieces)
+        self._scratch, self._other = scratch[0][:n], scratch[1][:n]
+        self._views = _like(self._scratch, pieces)
         self._direct = _like(own.parts[0], pieces) if codec.direct else None
+        # What came in full precision can become the difference where it is.
+        place = received.parts[0]
+        full = (place.dtype, place.device) == (self._scratch.dtype, self._scratch.device)
+        self._in_place = _like(place, pieces) if full else None
 
     def pack(self) -> None:
         if self._direct is not None:
             torch._foreach_copy_(self._direct, self._pieces)
         else:
             torch._foreach_copy_(self._views, self._pieces)
-            self._codec.encode(self._difference, self._own)
+            self._codec.encode(self._scratch, self._own)
+
+    def subtract(self) -> None:
+        if self._in_place is not None:
+            self._received.parts[0].sub_(self._own.parts[0])
 
     def apply(self) -> None:
-        self._codec.decode(self._received, self._difference)
+        if self._in_place is not None:
+            torch._foreach_add_(self._pieces, self._in_place, alpha=self._weight)
+            return
+        self._codec.decode(self._received, self._scratch)
         self._codec.decode(self._own, self._other)
-        self._difference.sub_(self._other)
+        self._scratch.sub_(self._other)
         torch._foreach_add_(self._pieces, self._views, alpha=self._weight)
 
 
@@ -341,6 +361,9 @@ class _OwnTile:
 
     def pack(self) -> None:
         torch._foreach_copy_(self._views, self._pieces)
+
+    def subtract(self) -> None:
+        """The lane has done it."""
 
     def apply(self) -> None:
         torch._foreach_add_(self._pieces, self._views)
