@@ -54,16 +54,16 @@ class Payload:
     """
 
     def __init__(self, tensors: Sequence[Tensor], wire: torch.dtype, channel: int = 1) -> None:
-        self._wire, self._channel = wire, channel
-        self._dtype = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
-        self._device = tensors[0].device
+        self._channel = channel
+        dtype = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
+        self._room = _Room(wire, dtype, tensors[0].device)
         # Tensors with gaps in memory have stand-ins, packed with the others and applied in one go.
         flats = [_in_memory_order(t) for t in tensors]
         self._gappy = [t for t, flat in zip(tensors, flats, strict=True) if flat is None]
-        self._stand_ins = [torch.empty(t.shape, dtype=self._dtype, device=t.device) for t in self._gappy]
+        self._stand_ins = [torch.empty(t.shape, dtype=dtype, device=t.device) for t in self._gappy]
         stand_ins = iter(self._stand_ins)
         self._flats = [next(stand_ins).view(-1) if flat is None else flat for flat in flats]
-        self._layouts: dict[tuple[int, int, torch.device], _Layout] = {}
+        self._layouts: dict[tuple[int, int], _Layout] = {}
         self._routes: dict[Group, _Route] = {}
         self._route: _Route | None = None
         self._lane = Lane()
@@ -134,12 +134,13 @@ class Payload:
     def _make_route(self, members: Group, group: dist.ProcessGroup) -> _Route:
         """The messages to and from the members of a group, made once."""
         here = members.index(dist.get_rank())
-        # gloo sends from the host's memory only.
-        home = self._device if "nccl" in dist.get_backend(group) else torch.device("cpu")
-        key = (len(members), here if len(members) > 2 else 0, home)
-        if key not in self._layouts:
-            self._layouts[key] = _Layout(self._flats, self._dtype, self._device, self._wire, *key)
-        layout = self._layouts[key]
+        if "nccl" not in dist.get_backend(group):
+            self._room.home = torch.device("cpu")  # gloo sends from the host's memory only
+        key = (len(members), here if len(members) > 2 else 0)
+        layout = self._layouts.get(key) or _Layout(self._flats, self._room, *key)
+        if self._room.grew:  # those of before hold memory that is in use no more
+            self._layouts, self._routes, self._room.grew = {}, {}, False
+        self._layouts[key] = layout
         others = [rank for i, rank in enumerate(members) if i != here]
         route = self._routes[members] = _Route(layout)
         for i, b in enumerate(layout.buckets):
@@ -222,47 +223,61 @@ class _Trip:
             work.wait()
 
 
+class _Room:
+    """The memory of a payload's layouts, of which one is in use at a time."""
+
+    def __init__(self, wire: torch.dtype, dtype: torch.dtype, device: torch.device) -> None:
+        self.codec, self.lanes_codec = codec_for(wire), codec_for(wire)
+        self.dtype, self.device, self.home = dtype, device, device
+        self.grew = False
+        self._held: dict[str, Tensor] = {}
+
+    def raw(self, name: str, n: int) -> Tensor:
+        """Bytes to send from, or receive into."""
+        return self._take(name, n, torch.uint8, self.home)
+
+    def values(self, name: str, n: int) -> Tensor:
+        """Values to compute with."""
+        return self._take(name, n, self.dtype, self.device)
+
+    def _take(self, name: str, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        if name not in self._held or self._held[name].numel() < n:
+            self._held[name] = torch.empty(n, dtype=dtype, device=device)
+            self.grew = True
+        return self._held[name][:n]
+
+
 class _Layout:
     """Where each value lies in the buffers: buckets of rows of tiles.
 
     A pair's bucket is one row, swapped. In a larger group it is a row for each member: its shard.
     """
 
-    def __init__(
-        self,
-        flats: list[Tensor],
-        dtype: torch.dtype,
-        device: torch.device,
-        wire: torch.dtype,
-        size: int,
-        here: int,
-        home: torch.device,
-    ) -> None:
-        tile = _TILE_ON_CPU if device.type == "cpu" else _TILE_ON_GPU
-        # The lane averages shards while the main thread packs and applies: each has scratch of its own.
-        codec, lanes_codec = codec_for(wire), codec_for(wire)
-        scratch, lanes_scratch = ([torch.empty(tile, dtype=dtype, device=device) for _ in range(2)] for _ in range(2))
+    def __init__(self, flats: list[Tensor], room: _Room, size: int, here: int) -> None:
+        codec = room.codec
         shards = 1 if size == 2 else size
         unit = shards * codec.block
         total = sum(flat.numel() for flat in flats)
         most = min(max(-(-total // _BUCKETS), _SMALLEST_BUCKET), _LARGEST_BUCKET)
         bucket = -(-most // unit) * unit
         lengths = [bucket] * (total // bucket) + [-(-(total % bucket) // unit) * unit] * (total % bucket > 0)
-        padding = torch.zeros(sum(lengths) - total, dtype=dtype, device=device)
-        values = _Cutter([*flats, padding])
+        values = _Cutter([*flats, room.values("padding", sum(lengths) - total).zero_()])
         row_bytes = [codec.nbytes(n // shards) for n in lengths]
         others = size - 1
-        own, received = (torch.empty(others * sum(row_bytes), dtype=torch.uint8, device=home) for _ in range(2))
-        own_rows, received_rows = _Cutter([own]), _Cutter([received])
-        kept = _Cutter([torch.empty(sum(lengths) // shards if shards > 1 else 0, dtype=dtype, device=device)])
-        rounded = [torch.empty(max(row_bytes), dtype=torch.uint8, device=home) for _ in range(_AHEAD * (shards > 1))]
+        own_rows, received_rows = (_Cutter([room.raw(name, others * sum(row_bytes))]) for name in ("own", "received"))
+        kept = _Cutter([room.values("kept", sum(lengths) // shards if shards > 1 else 0)])
+        rounded = [room.raw(f"rounded {i}", max(row_bytes) if shards > 1 else 0) for i in range(_AHEAD)]
+        tile = min(_TILE_ON_CPU if room.device.type == "cpu" else _TILE_ON_GPU, bucket // shards)
+        scratch = [room.values(f"scratch {i}", tile) for i in range(2)]
+        # The lane averages shards while the caller packs and applies: it has scratch of its own.
+        lanes_scratch = [room.values(f"lane's scratch {i}", tile if shards > 1 else 0) for i in range(2)]
         self.bytes_sent = sum(row_bytes) * (1 if shards == 1 else 2 * others)
         self.buckets: list[_Bucket] = []
         for i, (n, nbytes) in enumerate(zip(lengths, row_bytes, strict=True)):
             b = _Bucket(
                 own=[own_rows.cut(nbytes)[0] for _ in range(others)],
                 received=[received_rows.cut(nbytes)[0] for _ in range(others)],
-                rounded=rounded[i % _AHEAD][:nbytes] if rounded else torch.empty(0, device=home),
+                rounded=rounded[i % _AHEAD][:nbytes],
             )
             row = n // shards
             rows = zip(b.own, b.received, strict=True)
@@ -275,9 +290,8 @@ class _Layout:
                         pieces, own_values = values.cut(stop - start), kept.cut(stop - start)[0]
                         b.tiles.append(_OwnTile(pieces, own_values))
                         parts = [code.part(start, stop) for code in codes]
-                        b.shard.append(
-                            _ShardTile(own_values, parts, mean.part(start, stop), lanes_codec, lanes_scratch)
-                        )
+                        rest = mean.part(start, stop), room.lanes_codec, lanes_scratch
+                        b.shard.append(_ShardTile(own_values, parts, *rest))
                     continue
                 mine, theirs = (Code(codec, raw, row) for raw in next(rows))
                 for start in range(0, row, tile):

@@ -62,7 +62,8 @@ class DSSyncStrategy(DDPStrategy):
             :class:`~ds_lightning.schedule.Schedule`.
         overlap: Average while forward and backward run: ``X <- W X - lr U``. ``False`` is the paper's order, after the
             optimizer step: ``X <- W (X - lr U)``; better beyond 16 ranks with small groups.
-        sync_every: Optimizer steps between synchronizations.
+        sync_every: Optimizer steps between synchronizations. With ``overlap`` one average travels during all of them:
+            ``X <- W X - lr (U_1 + ... + U_k)``.
         wire_dtype: dtype in which parameters are sent: ``None`` (as stored), ``"bf16"``, ``"fp16"``, ``"int8"``
             (per-block scales), ``"fp32"``, or the torch dtype. The mean over ranks keeps full precision at any.
         average_gradients: Average gradients inside the group as well, before clipping. It adds the gradients' bytes;

@@ -144,10 +144,8 @@ def test_bytes_are_those_of_the_wire_dtype(wire, share, g):
 
 def buffers_of(rank, wire, n):
     payload = average(Payload([values(rank, n)], wire))
-    (route,) = payload._routes.values()
-    tensors = [t for b in route.layout.buckets for t in (*b.own, *b.received, b.rounded)]
-    tensors += [k._kept for b in route.layout.buckets for k in b.shard]
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values()) / (4 * n)
+    held = payload._room._held.items()
+    return sum(t.nbytes for name, t in held if "scratch" not in name) / (4 * n)
 
 
 @pytest.mark.parametrize("g", [2, 4])
@@ -156,6 +154,26 @@ def test_buffers_are_no_larger_than_promised(wire, share, g):
     """In fp32 copies of the parameters (the rounded means of two buckets come on top). DDP's buckets are one."""
     rounded = 0.0 if g == 2 else 2 / 8 * {torch.float32: 1, torch.bfloat16: 0.5, torch.int8: 0.27}[wire] / g
     assert all(share - 0.3 < size <= share + rounded + 1e-3 for size in run_ranks(buffers_of, g, wire, 1 << 22))
+
+
+def test_groups_of_several_sizes_share_the_buffers():
+    def run(rank):
+        groups = [((0, 1, 2), dist.group.WORLD), ((0, 1), dist.new_group([0, 1]))]
+        x, lane = torch.full((100_000,), float(rank)), Lane()
+        payload, held = Payload([x], torch.float32), []
+        for t in range(5):
+            members, group = groups[t % 2] if t else groups[1]
+            if rank in members:
+                payload.start(members, group, lane)
+                payload.finish()
+            held.append(sum(t.nbytes for name, t in payload._room._held.items() if "scratch" not in name))
+        return x[[0, -1]].tolist(), held[-1] == held[-3], held[-1] / x.nbytes, len(payload._layouts)
+
+    ranks = run_ranks(run, 3)
+    assert [r[0] for r in ranks] == [pytest.approx([1.0, 1.0], rel=1e-6)] * 3
+    assert [r[3] for r in ranks] == [2, 2, 1]
+    # Two copies, the shard in full, and the rounded means of two buckets (here there is one, of everything).
+    assert all(r[1] and r[2] < 2 + 1 / 3 + 2 / 3 + 1e-3 for r in ranks)
 
 
 class Inline(Lane):
