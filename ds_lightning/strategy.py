@@ -243,7 +243,7 @@ class DSSyncStrategy(DDPStrategy):
         if self._groups is not None and self.overlap and not self._stepping:
             # With gradient accumulation the average has all micro-batches of the step to hide in. Of several optimizers
             # (manual optimization) one may step later: until then nothing else changes its parameters.
-            for synchronizer in [self._synchronizer(self.optimizers[0])] if automatic else self.synchronizers:
+            for synchronizer in map(self._synchronizer, self.optimizers):
                 if not synchronizer.started:
                     synchronizer.start()
         output = super().training_step(*args, **kwargs)

@@ -284,14 +284,14 @@ def two_fits(rank, folder):
         for epochs in (1, 2):
             trainer.fit_loop.max_epochs = epochs
             trainer.fit(Two(), loader())
-            found.append({type(s.optimizer).__name__: (s.step, s.buffers) for s in trainer.strategy.synchronizers})
+            found.append({type(s.optimizer).__name__: (s.step, s.index) for s in trainer.strategy.synchronizers})
     return found
 
 
 def test_a_second_fit_goes_on_with_each_optimizers_position(tmp_path):
     """The second in Lightning's list was the first to step."""
     for found in run_ranks(two_fits, 4, str(tmp_path)):
-        assert found == [{"AdamW": (5, False), "SGD": (3, True)}, {"AdamW": (10, False), "SGD": (5, True)}]
+        assert found == [{"AdamW": (5, 1), "SGD": (3, 0)}, {"AdamW": (10, 1), "SGD": (5, 0)}]
 
 
 @pytest.mark.parametrize("callback", [partial(EMAWeightAveraging, decay=0.7), WeightAveraging])
