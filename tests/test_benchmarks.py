@@ -185,6 +185,7 @@ def reach(rank: int, hosts: int, interface: str) -> tuple[str, str, list[str]]:
 
 
 @needs_cluster
+@pytest.mark.slow
 def test_every_host_knows_its_rank_and_reaches_the_others_and_all_is_gone_afterwards():
     with homogeneous(4) as c, homogeneous(2) as another:  # two may coexist
         assert len(namespaces_of(os.getpid())) == 4 + 2 + 2 + 2
@@ -202,6 +203,7 @@ def fail_or_sleep(rank: int) -> None:
 
 
 @needs_cluster
+@pytest.mark.slow
 def test_a_rank_that_fails_shows_its_traceback_and_ends_the_others():
     start = time.monotonic()
     with homogeneous() as c:
@@ -218,6 +220,7 @@ def sleep(rank: int) -> None:
 
 
 @needs_cluster
+@pytest.mark.slow
 def test_an_exception_in_the_body_and_a_dead_owner_leave_nothing():
     with pytest.raises(ZeroDivisionError), homogeneous():
         raise ZeroDivisionError
@@ -237,6 +240,7 @@ def cli(*arguments: str, **options) -> subprocess.Popen[str]:
 
 
 @needs_cluster
+@pytest.mark.slow
 def test_the_command_line_prefixes_output_and_returns_the_first_failure():
     process = cli("--", "sh", "-c", "echo I am $RANK of $WORLD_SIZE; test $RANK = 0 || exit 7; sleep 60")
     output, _ = process.communicate(timeout=60)
@@ -253,6 +257,7 @@ def test_the_command_line_prefixes_output_and_returns_the_first_failure():
 
 
 @needs_cluster
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_takes_the_cluster_down(number):
     process = cli("--", "sh", "-c", "echo up $$; sleep 60 & wait")
@@ -296,6 +301,7 @@ def transfer(rank: int, pairs: dict[int, int], size: int, start: float) -> tuple
 
 
 @needs_cluster
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("pairs", "trunk", "seconds"),
     [
@@ -309,14 +315,14 @@ def test_shaping_holds_and_counters_count(pairs, trunk, seconds):
     wire = seconds * 1514 / 1448  # with the headers of Ethernet, IP and TCP
     fastest = float("inf")
     with Cluster(4, 100, SETTINGS["homogeneous"], trunk) as c:
-        for _ in range(6):  # whatever else runs on this machine delays it, but nothing makes it faster
+        for _ in range(10):  # whatever else runs on this machine delays it, but nothing makes it faster
             before = c.bytes_sent()
             results = c.call(transfer, pairs, size, time.monotonic() + 1, timeout=30)
             sent = [now - then for now, then in zip(c.bytes_sent(), before, strict=True)]
             fastest = min(fastest, max(took for took, _ in results))
             if fastest < 1.1 * wire:
                 break
-    assert fastest == pytest.approx(wire, rel=0.1)
+    assert 0.9 * wire < fastest < 1.2 * wire
     for rank in pairs:
         assert results[rank][1] == pytest.approx(size, rel=0.05)
         assert sent[rank] == pytest.approx(size, rel=0.05)
@@ -332,6 +338,7 @@ def watch_rates(rank: int) -> list[str]:
 
 
 @needs_cluster
+@pytest.mark.slow
 def test_a_contended_link_changes_while_it_is_used(monkeypatch):
     monkeypatch.setattr(cluster, "CONTENTION_PERIOD", 0.1)
     with Cluster(2, 100, SETTINGS["contended"]) as c:
@@ -364,6 +371,7 @@ def test_step_times_of_real_fits_end_to_end(tmp_path, monkeypatch):
 
 
 @needs_cluster
+@pytest.mark.slow
 def test_a_run_that_hangs_ends_with_the_ranks_it_waited_for(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(step_time, "exit_on_sigterm", lambda: None)
     argv = f"--hosts 2 --settings homogeneous --arms ddp --timeout 1 --compute 60 --output {tmp_path}"

@@ -15,6 +15,7 @@ from ds_lightning.payload import Payload
 from tests.ranks import run_ranks
 
 WIRES = [torch.float32, torch.bfloat16, torch.float16, torch.int8]
+SLOW = pytest.mark.slow
 
 
 def values(rank, n=1000):
@@ -50,7 +51,7 @@ def average_often(rank, wire, times, n):
 
 
 @pytest.mark.usefixtures("small_buckets")
-@pytest.mark.parametrize("n", [1, 1000, 5001])
+@pytest.mark.parametrize("n", [pytest.param(1, marks=SLOW), pytest.param(1000, marks=SLOW), 5001])
 @pytest.mark.parametrize("g", [2, 3, 4])
 @pytest.mark.parametrize("wire", WIRES)
 def test_the_mean_does_not_move(wire, g, n):
@@ -68,7 +69,7 @@ def test_an_all_reduce_in_bf16_would_move_it():
 
 
 @pytest.mark.usefixtures("small_buckets")
-@pytest.mark.parametrize("g", [2, 3, 4, 5])
+@pytest.mark.parametrize("g", [2, pytest.param(3, marks=SLOW), 4, pytest.param(5, marks=SLOW)])
 @pytest.mark.parametrize(("wire", "tolerance"), [(torch.float32, 1e-7), (torch.bfloat16, 4e-3), (torch.int8, 8e-3)])
 def test_one_average_brings_members_together(wire, tolerance, g):
     after = torch.stack(run_ranks(average_often, g, wire, 1, 5001))
@@ -97,7 +98,7 @@ def odd_tensors(rank):
 
 @pytest.mark.usefixtures("small_buckets")
 @pytest.mark.parametrize("g", [2, 3])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float64, marks=SLOW), torch.bfloat16])
 def test_tensors_of_any_layout(g, dtype):
     def run(rank):
         base = [t.to(dtype, memory_format=torch.preserve_format) for t in odd_tensors(rank)]

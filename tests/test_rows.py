@@ -82,7 +82,9 @@ def train(rank, schedule, name, overlap, steps=STEPS, **options):
 
 @pytest.mark.parametrize("overlap", [True, False])
 @pytest.mark.parametrize("schedule", [GridSchedule(4, 2), GridSchedule(3, 3), ShuffleSchedule(5, 2)], ids=repr)
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "name", ["sgd", *(pytest.param(name, marks=pytest.mark.slow) for name in OPTIMIZERS if name != "sgd")]
+)
 def test_equals_averaging_whole_tables(name, schedule, overlap):
     ranks = run_ranks(train, schedule.world_size, schedule, name, overlap)
     reference = Reference(Recommender, OPTIMIZERS[name], schedule, overlap)

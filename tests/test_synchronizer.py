@@ -72,9 +72,9 @@ def train_all(rank, schedule):
     "schedule",
     [
         GridSchedule(4, 2),
-        GridSchedule(4, 4),
         ShuffleSchedule(4, 2, seed=1),
-        ShuffleSchedule(5, 2),
+        pytest.param(GridSchedule(4, 4), marks=pytest.mark.slow),
+        pytest.param(ShuffleSchedule(5, 2), marks=pytest.mark.slow),
         pytest.param(GridSchedule(8, 2), marks=pytest.mark.slow),
         pytest.param(GridSchedule(8, 4), marks=pytest.mark.slow),
         pytest.param(GridSchedule(8, 8), marks=pytest.mark.slow),
