@@ -209,7 +209,7 @@ def steady(rank, wire):
     return sum(max(event.self_cpu_memory_usage, 0) for event in profiler.key_averages())
 
 
-@pytest.mark.parametrize("g", [2, 3])
+@pytest.mark.parametrize("g", [2, pytest.param(3, marks=SLOW)])
 @pytest.mark.parametrize("wire", WIRES)
 def test_nothing_is_allocated_in_the_steady_state(wire, g):
     """Of two megabytes; torch wraps Python's numbers into tensors of some bytes."""
@@ -232,7 +232,7 @@ def test_payloads_of_several_channels_do_not_mix():
 
 
 @pytest.mark.usefixtures("small_buckets")
-@pytest.mark.parametrize("g", [2, 3])
+@pytest.mark.parametrize("g", [2, pytest.param(3, marks=SLOW)])
 def test_a_lost_member_is_an_error_not_a_hang(g):
     def run(rank):
         group = dist.new_group(list(range(g)), timeout=timedelta(seconds=2))

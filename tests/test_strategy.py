@@ -476,6 +476,7 @@ def test_weight_averaging_sees_the_consensus():
             assert torch.equal(final, ranks[0][1])
 
 
+@pytest.mark.slow
 def test_compiled_modules():
     def run(rank):
         recorder = Recorder()
