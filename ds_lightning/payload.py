@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -79,15 +80,16 @@ class Payload:
             group: Their process group.
             lane: Where the average goes on.
         """
-        self.settle()
+        done, self._done = self._done, []
+        for result in done:  # of an average that nobody finished
+            result.result()
         route = self._route = self._routes.get(members) or self._make_route(members, group)
         self._lane = lane
         if self._gappy:
             torch._foreach_copy_(self._stand_ins, self._gappy)
-        trips = [
-            _Trip(*legs, lane.groups_messages)
-            for legs in zip(route.layout.buckets, route.first, route.second, strict=True)
-        ]
+        route.layout.padding.zero_()  # a NaN in its block of an 8-bit wire must not stay
+        legs = zip_longest(route.layout.buckets, route.first, route.second)
+        trips = [_Trip(bucket, first, second, lane.groups_messages) for bucket, first, second in legs]
         for trip in trips:
             lane.run(trip.receive)
         for bucket, trip in zip(route.layout.buckets, trips, strict=True):
@@ -96,7 +98,7 @@ class Payload:
             with record_function("dssync: average"):
                 lane.run(trip.send)
         for i, trip in enumerate(trips):
-            if len(members) > 2:
+            if route.second:
                 # There is room for a rounded mean again when the bucket _AHEAD before it has arrived.
                 if i >= _AHEAD:
                     self._done.append(lane.run(trips[i - _AHEAD].arrive))
@@ -125,12 +127,6 @@ class Payload:
         if self._gappy:
             torch._foreach_add_(self._gappy, self._stand_ins)
 
-    def settle(self) -> None:
-        """Wait for what is under way and forget it."""
-        done, self._done = self._done, []
-        for result in done:
-            result.result()
-
     def _make_route(self, members: Group, group: dist.ProcessGroup) -> _Route:
         """The messages to and from the members of a group, made once."""
         here = members.index(dist.get_rank())
@@ -146,7 +142,8 @@ class Payload:
         for i, b in enumerate(layout.buckets):
             tag = (self._channel << 16) + 2 * i
             route.first.append(_Messages(b.own, b.received, others, group, tag))
-            route.second.append(_Messages([b.rounded] * len(others), b.received, others, group, tag + 1))
+            if len(others) > 1:
+                route.second.append(_Messages([b.rounded] * len(others), b.received, others, group, tag + 1))
         return route
 
 
@@ -177,7 +174,7 @@ class _Trip:
     otherwise write down their end, which is often after its own.
     """
 
-    def __init__(self, bucket: _Bucket, first: _Messages, second: _Messages, grouped: bool) -> None:
+    def __init__(self, bucket: _Bucket, first: _Messages, second: _Messages | None, grouped: bool) -> None:
         self._bucket, self._first, self._second, self._grouped = bucket, first, second, grouped
         self._works: list[dist.Work] = []
         self._error: BaseException | None = None
@@ -196,6 +193,7 @@ class _Trip:
 
     @torch.no_grad()
     def send_mean(self) -> None:
+        assert self._second is not None
         try:
             self._wait()
             self._bucket.average_own_shard()
@@ -261,7 +259,8 @@ class _Layout:
         most = min(max(-(-total // _BUCKETS), _SMALLEST_BUCKET), _LARGEST_BUCKET)
         bucket = -(-most // unit) * unit
         lengths = [bucket] * (total // bucket) + [-(-(total % bucket) // unit) * unit] * (total % bucket > 0)
-        values = _Cutter([*flats, room.values("padding", sum(lengths) - total).zero_()])
+        self.padding = room.values("padding", sum(lengths) - total).zero_()
+        values = _Cutter([*flats, self.padding])
         row_bytes = [codec.nbytes(n // shards) for n in lengths]
         others = size - 1
         own_rows, received_rows = (_Cutter([room.raw(name, others * sum(row_bytes))]) for name in ("own", "received"))

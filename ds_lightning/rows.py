@@ -77,6 +77,7 @@ class TouchedRows:
 
     def start(self, members: Group, group: dist.ProcessGroup, lane: Lane) -> None:
         """Start averaging over ``members``."""
+        self.bytes_sent = 0  # not known before the members have said what they have
         self._running = _RunningRows(self.tables, self._due, self._rounds > 0, self._wire, self._channel)
         self._running.start(members, group, lane)
 

@@ -154,9 +154,13 @@ class DSSynchronizer:
 
     def start(self) -> None:
         """Pack, and start the averages of this step's group; returns at once. Of a round, the first step does it."""
+        first = self.step % self.sync_every == 0
+        if first and self._running:
+            self.discard()
         self.started = True
-        if self.step % self.sync_every == 0:
+        if not self._running:  # a round that a consensus point or a resume cut may begin in its middle, too
             self._lay_out()
+        if first:
             self._launch_values()
         if self.due:
             self._launch_others()
@@ -192,6 +196,9 @@ class DSSynchronizer:
         """Forget averages under way, after an exception or because all replicas become equal, and free the buffers."""
         for rows in self._rows:
             rows.touch_all()
+        self._bytes_sent += sum(average.bytes_sent for average, _ in self._running)
+        if self._lane is not None:
+            self._lane.clock = None
         self._running, self._values, self._laid_out, self.started = [], [], None, False
 
     @torch.no_grad()
@@ -239,8 +246,6 @@ class DSSynchronizer:
 
     def _lay_out(self) -> None:
         """Make the buffers anew if parameters are others than before, were frozen, or lie elsewhere in memory."""
-        if self._running:
-            self.discard()
         now = [*chain.from_iterable(map(_PARAMETERS, self.optimizer.param_groups))]
         laid_out = [*map(id, now)], [*map(_TRAINABLE, now)], [*map(Tensor.data_ptr, now)]
         if laid_out == self._laid_out:
@@ -377,8 +382,7 @@ class DSSynchronizer:
         self.on_consensus()
 
     def on_consensus(self) -> None:
-        """All replicas are equal now: what was packed before, or frozen since, need not be averaged any more."""
-        self.discard()
+        """All replicas are equal now, after :meth:`discard`: what was frozen since need not be averaged any more."""
         for rows in self._rows:
             rows.agreed()
         self._sent_since_consensus.clear()

@@ -305,25 +305,24 @@ def transfer(rank: int, pairs: dict[int, int], size: int, start: float) -> tuple
 @pytest.mark.parametrize(
     ("pairs", "trunk", "seconds"),
     [
-        ({0: 1, 1: 0}, None, 0.4),  # a host's link carries 100 Mbit/s in each direction at the same time
-        ({0: 1, 2: 1}, None, 0.8),  # both share the link of their target
-        ({0: 2, 1: 3, 2: 0, 3: 1}, 100.0, 0.8),  # two pairs share the trunk, both directions at once
+        ({0: 1, 1: 0}, None, 0.8),  # a host's link carries 20 Mbit/s in each direction at the same time
+        ({0: 1, 2: 1}, None, 1.6),  # both share the link of their target
+        ({0: 2, 1: 3, 2: 0, 3: 1}, 20.0, 1.6),  # two pairs share the trunk, both directions at once
     ],
 )
 def test_shaping_holds_and_counters_count(pairs, trunk, seconds):
-    size = 5 * MB
+    size = 2 * MB  # so slow that a busy machine keeps up
     wire = seconds * 1514 / 1448  # with the headers of Ethernet, IP and TCP
     fastest = float("inf")
-    with Cluster(4, 100, SETTINGS["homogeneous"], trunk) as c:
-        for _ in range(10):  # whatever else runs on this machine delays it, but nothing makes it faster
+    with Cluster(4, 20, SETTINGS["homogeneous"], trunk) as c:
+        for _ in range(12):  # whatever else runs on this machine delays it, but nothing makes it faster
             before = c.bytes_sent()
             results = c.call(transfer, pairs, size, time.monotonic() + 1, timeout=30)
             sent = [now - then for now, then in zip(c.bytes_sent(), before, strict=True)]
             fastest = min(fastest, max(took for took, _ in results))
             if fastest < 1.1 * wire:
                 break
-    # Shaped traffic cannot be faster than its link. That it is hardly slower shows on an idle machine only.
-    assert 0.9 * wire < fastest < 1.8 * wire
+    assert fastest == pytest.approx(wire, rel=0.1)
     for rank in pairs:
         assert results[rank][1] == pytest.approx(size, rel=0.05)
         assert sent[rank] == pytest.approx(size, rel=0.05)

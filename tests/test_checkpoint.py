@@ -203,6 +203,7 @@ def test_a_lost_position_shows(tmp_path, overlap):
         ({"wire_dtype": "int8"}, 4),
         ({"wire_dtype": "int8", "group_size": 4, "overlap": False}, 4),
         ({"sync_every": 2}, 4),
+        ({"sync_every": 2, "average_optimizer_state": ("exp_avg_sq",)}, 4),  # saved in the middle of a round
         ({"average_gradients": True, "average_optimizer_state": ("exp_avg_sq",)}, 4),
     ],
     ids=repr,

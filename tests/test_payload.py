@@ -132,6 +132,23 @@ def test_what_changes_meanwhile_is_kept(g):
     assert run_ranks(run, g) == [mean + 10 * (rank + 1) for rank in range(g)]
 
 
+@pytest.mark.parametrize("g", [2, 3])
+def test_a_nan_does_not_outlive_the_values(g):
+    """Not in what fills up its block either."""
+
+    def run(rank):
+        x = values(rank, 65)
+        payload = Payload([x], torch.int8)
+        x[64] = torch.nan
+        average(payload)
+        seen = x.isnan().any()
+        x.copy_(values(rank, 65))
+        average(payload)
+        return bool(seen), bool(x.isfinite().all())
+
+    assert run_ranks(run, g) == [(True, True)] * g
+
+
 def bytes_of(rank, wire):
     x = values(rank, 1 << 20)
     return average(Payload([x], wire)).bytes_sent / x.nbytes

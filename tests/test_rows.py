@@ -12,7 +12,8 @@ from ds_lightning import DSSynchronizer, GridSchedule, ShuffleSchedule
 from ds_lightning.groups import ScheduledGroups
 from ds_lightning.rows import TouchedRows
 from tests.ranks import run_ranks
-from tests.reference import Reference, flat, relative_error
+from tests.reference import Reference, relative_error
+from tests.test_synchronizer import train_model
 
 ROWS, WIDTH, STEPS = 200, 6, 40
 
@@ -61,23 +62,10 @@ def backward(t, model, rank):
     cross_entropy(model(users, items), torch.randint(0, 3, (4,), generator=generator)).backward()
 
 
-def train(rank, schedule, name, overlap, steps=STEPS, **options):
+def train(rank, schedule, name, overlap, **options):
     model = Recommender()
-    optimizer = OPTIMIZERS[name](model)
-    sync = DSSynchronizer(model, optimizer, ScheduledGroups(schedule), **options)
-    sent = []
-    for t in range(steps):
-        if overlap:
-            sync.start()
-        optimizer.zero_grad()
-        backward(t, model, rank)
-        if overlap:
-            sync.finish()
-        optimizer.step()
-        if not overlap:
-            sync.synchronize()
-        sent.append(sync.statistics.bytes_sent)
-    return flat(model), sent
+    groups = ScheduledGroups(schedule)
+    return train_model(rank, model, OPTIMIZERS[name](model), groups, backward, overlap, STEPS, **options)
 
 
 @pytest.mark.parametrize("overlap", [True, False])
@@ -90,7 +78,7 @@ def test_equals_averaging_whole_tables(name, schedule, overlap):
     reference = Reference(Recommender, OPTIMIZERS[name], schedule, overlap)
     for t in range(STEPS):
         reference.step(partial(backward, t))
-    for rank, (result, _) in enumerate(ranks):
+    for rank, result in enumerate(ranks):
         assert relative_error(result, reference.flat(rank)) < 1e-6
 
 
@@ -100,7 +88,7 @@ def test_with_several_steps_between():
     reference = Reference(Recommender, OPTIMIZERS["sgd"], schedule, False, sync_every=3)
     for t in range(STEPS):
         reference.step(partial(backward, t))
-    for rank, (result, _) in enumerate(ranks):
+    for rank, result in enumerate(ranks):
         assert relative_error(result, reference.flat(rank)) < 1e-6
 
 
@@ -181,6 +169,28 @@ def test_consensus_ends_what_was_due():
         assert sent[0] > 8
         assert sent[2] == 8  # nothing touched since the consensus
         assert sent[3] > 8
+
+
+def test_rows_touched_after_a_resume_in_the_middle_of_a_round_are_sent():
+    def run(rank):
+        torch.manual_seed(0)
+        model = nn.Embedding(100, 4, sparse=True)
+        optimizer = torch.optim.SGD(model.parameters(), 1.0)
+        sync = DSSynchronizer(model, optimizer, ScheduledGroups(GridSchedule(2, 2)), sync_every=2)
+        sync.load_state_dict({"step": 1})
+        start = model.weight.detach().clone()
+        for t in range(3):
+            sync.start()
+            optimizer.zero_grad()
+            if t == 0:
+                model(torch.tensor([rank])).sum().backward()
+            sync.finish()
+            optimizer.step()
+        return model.weight.detach() - start
+
+    for moved in run_ranks(run, 2):
+        assert torch.allclose(moved[:2], torch.full((2, 4), -0.5), atol=1e-6)
+        assert (moved[2:] == 0).all()
 
 
 def test_a_dense_gradient_touches_every_row():

@@ -1,6 +1,7 @@
 """The synchronizer without Lightning, on forked gloo ranks, against the plain reference."""
 
 import itertools
+import time
 from datetime import timedelta
 from functools import partial
 from statistics import median
@@ -48,7 +49,11 @@ def backward(t, model, rank):
 
 def train(rank, groups, name, overlap, steps=STEPS, **options):
     model = make_model()
-    optimizer = make_optimizer(name, model)
+    return train_model(rank, model, make_optimizer(name, model), groups, backward, overlap, steps, **options)
+
+
+def train_model(rank, model, optimizer, groups, backward, overlap, steps, **options):
+    """The plain loop, in either order."""
     sync = DSSynchronizer(model, optimizer, groups, **options)
     for t in range(steps):
         if overlap:
@@ -320,6 +325,23 @@ def test_averaged_gradients_never_stand_in_for_parameters():
 def growth(distances):
     """Typical distance in the second half of 500 steps over that of steps 50 to 180."""
     return median(distances[28:]) / median(distances[5:20])
+
+
+def test_a_forgotten_average_counts_its_bytes_and_not_its_time():
+    def run(rank):
+        model = nn.Linear(100, 100, bias=False)
+        sync = DSSynchronizer(model, torch.optim.SGD(model.parameters(), 0.1), ScheduledGroups(GridSchedule(2, 2)))
+        sync.timed = True
+        sync.start()
+        sync.consensus()
+        time.sleep(2)
+        sync.start()
+        sync.finish()
+        return sync.statistics
+
+    for statistics in run_ranks(run, 2):
+        assert statistics.bytes_sent == 2 * 4 * 100 * 100
+        assert statistics.seconds_running < 2
 
 
 # ---- what is sent -------------------------------------------------------------------------------------------------

@@ -59,7 +59,7 @@ def test_int8_is_not_disturbed_by_zeros_and_shows_nan():
         bad = torch.zeros(128)
         bad[3] = odd
         decoded = rounded(codec, bad)
-        assert not decoded[:64].isfinite().any()
+        assert decoded[:64].isnan().all() if odd != odd else not decoded[:64].isfinite().any()
         assert torch.equal(decoded[64:], torch.zeros(64))
 
 
