@@ -56,6 +56,7 @@ class Row:
         case: Setting and model.
         arm: How workers synchronized.
         step: Seconds per step, the median over repetitions.
+        median_step: The median of single steps, the median over repetitions.
         spread: Half of what lies between the fastest repetition and the slowest, in seconds.
         ratio: ddp's step time over this arm's, the median of the ratios within each repetition.
         bytes_sent: Per worker and step.
@@ -69,6 +70,7 @@ class Row:
     case: str
     arm: str
     step: float
+    median_step: float
     spread: float
     ratio: float | None
     bytes_sent: float
@@ -137,6 +139,7 @@ def summarize(runs: Sequence[Run], wire_cases: dict[str, str] | None = None) -> 
                 case=case,
                 arm=arm,
                 step=step,
+                median_step=statistics.median(run.median_seconds for run in mine.values()),
                 spread=(max(seconds) - min(seconds)) / 2,
                 ratio=statistics.median(ratios) if ratios else None,
                 bytes_sent=sent,
@@ -157,6 +160,7 @@ def _text(form: str) -> Callable[[float | None], str]:
 _COLUMNS: dict[str, Callable[[Row], str]] = {
     "arm": lambda row: row.arm,
     "step (s)": lambda row: f"{row.step:.3f} ± {row.spread:.3f}",
+    "median step": lambda row: f"{row.median_step:.3f}",
     "ddp / arm": lambda row: _text(".2f")(row.ratio),
     "bytes sent": lambda row: f"{row.bytes_sent:,.0f}",
     "x parameters": lambda row: f"{row.bytes_ratio:.3f}",
@@ -167,11 +171,11 @@ _COLUMNS: dict[str, Callable[[Row], str]] = {
 }
 LEGEND = """\
 step: seconds per step (first measured step to last over their number, mean over workers), median and half the range
-over repetitions. ddp / arm: ddp's step time over this arm's, taken within each repetition, then the median; above 1 the
-arm is faster than ddp, below 1 slower. bytes sent: per worker and step, by the network interfaces' own counters; x
-parameters: the same in multiples of the parameters' bytes. compute: step without any communication. wire: step without
-compute. hidden: (compute + wire - step) / min(compute, wire). memory: peak per worker during the measured steps, above
-what the process held before it made the model.
+over repetitions. median step: of single steps. ddp / arm: ddp's step time over this arm's, taken within each
+repetition, then the median; above 1 the arm is faster than ddp, below 1 slower. bytes sent: per worker and step, by the
+network interfaces' own counters; x parameters: the same in multiples of the parameters' bytes. compute: step without
+any communication. wire: step without compute. hidden: (compute + wire - step) / min(compute, wire). memory: peak per
+worker during the measured steps, above what the process held before it made the model.
 """
 
 

@@ -130,7 +130,7 @@ def test_ratios_are_taken_within_a_repetition():
     assert ("a", "compute") not in rows
     mine = rows["a", "dssync"]
     assert mine.ratio == 1.6
-    assert mine.step == 1.875
+    assert mine.step == mine.median_step == 1.875
     assert mine.spread == 0.625
     assert mine.bytes_ratio == 1
     assert (mine.compute, mine.wire) == (1, 1)
