@@ -155,7 +155,7 @@ def test_the_table_shows_who_loses_and_the_picture_is_drawn(tmp_path):
     rows = report.summarize(runs)
     text = report.markdown(rows, {"a": "Setting A"})
     assert "### Setting A" in text
-    assert "| dssync | 2.000 ± 0.000 | 0.50 | 1,000,000 | 1.000 |" in text
+    assert "| dssync | 2.000 ± 0.000 | 2.000 | 0.50 | 1,000,000 | 1.000 |" in text
     widths = {line.count("|") for line in text.splitlines() if line.startswith("|")}
     assert len(widths) == 1
     assert len(report.console_tables(rows, {})) == 2
