@@ -1,34 +1,25 @@
-"""The data sets of the vision recipe: digits, CIFAR-10, CIFAR-100 and an ImageNet folder.
+"""What the data of all recipes share: loaders, exact evaluation shards, and the shards of non-IID training.
 
-Training shards are Lightning's ordinary `DistributedSampler`s. Evaluation shards are exact: every image is seen once by
-one rank, so a metric synchronized over ranks is the metric of the whole split, whatever the world size.
+Training shards are Lightning's ordinary `DistributedSampler`s, or with `data.partition` each worker's own. Evaluation
+shards are exact: every sample is seen once by one rank, so a metric synchronized over ranks is the metric of the whole
+split, whatever the world size.
 """
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
-from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
-from torchvision import transforms
-from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 from typing_extensions import override
 
-Images = Dataset[Any]
-
-# Channel means and standard deviations of the training images; CIFAR's are in units of one (pixel / 255).
-CIFAR_STATISTICS = {
-    10: ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
-    100: ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
-}
-IMAGENET_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+Samples = Dataset[Any]
 
 
 def even_batch_size(samples: int, world_size: int, batch_size: int) -> int:
@@ -47,24 +38,94 @@ def even_batch_size(samples: int, world_size: int, batch_size: int) -> int:
     return batch_size
 
 
-class ImageData(LightningDataModule):
-    """What all data sets share: the loaders. A subclass sets `train_set`, `val_set` and `test_set` in `setup`.
+def concentration(partition: str) -> float | None:
+    """The parameter of a `dirichlet:` partition, None for the others.
+
+    Raises:
+        ValueError: If `partition` is not iid, by_label or dirichlet: and a positive number.
+    """
+    kind, _, alpha = str(partition).partition(":")
+    if kind in ("iid", "by_label") and not alpha:
+        return None
+    try:
+        if kind == "dirichlet" and 0 < float(alpha) < float("inf"):
+            return float(alpha)
+    except ValueError:
+        pass
+    raise ValueError(
+        f"data.partition is {partition!r}, but must be iid, by_label or dirichlet:ALPHA with ALPHA > 0. "
+        "HINT: dirichlet:0.1 is strongly skewed, dirichlet:10 nearly iid."
+    )
+
+
+def shards(labels: np.ndarray[Any, Any], world_size: int, partition: str, seed: int) -> list[np.ndarray[Any, Any]]:
+    """Each worker's own training samples, disjoint and of equal number, so that all take the same number of steps.
+
+    Args:
+        labels: one label per sample, of any type that sorts.
+        world_size: number of workers.
+        partition: `by_label` sorts the samples by label and cuts; `dirichlet:ALPHA` draws for each worker the shares
+            of the labels from a symmetric Dirichlet distribution, and gives it other labels when one is used up.
+        seed: of the draws.
+
+    Returns:
+        For each worker the sorted indices of its samples. Up to `world_size - 1` samples are nobody's.
+    """
+    alpha = concentration(partition)
+    rng = np.random.default_rng(seed)
+    size = len(labels) // world_size
+    shuffled = rng.permutation(len(labels))
+    _, classes = np.unique(labels[shuffled], return_inverse=True)
+    if alpha is None:
+        by_label = shuffled[np.argsort(classes, kind="stable")]
+        return [np.sort(by_label[rank * size : (rank + 1) * size]) for rank in range(world_size)]
+    pools = [list(shuffled[classes == label]) for label in range(classes.max() + 1)]
+    result = []
+    for _ in range(world_size):
+        shares = rng.dirichlet([alpha] * len(pools))
+        mine: list[int] = []
+        while len(mine) < size:
+            left = np.array([len(pool) for pool in pools])
+            wanted = np.where(left > 0, shares, 0.0)
+            if wanted.sum() < 1e-9:  # all that this worker was to hold is used up
+                wanted = left.astype(float)
+            for pool, count in zip(pools, rng.multinomial(size - len(mine), wanted / wanted.sum()), strict=True):
+                taken = min(int(count), len(pool))
+                mine += pool[:taken]
+                del pool[:taken]
+        result.append(np.sort(np.array(mine)))
+    return result
+
+
+class RecipeData(LightningDataModule):
+    """What all data sets share. A subclass sets `train_set`, `val_set`, `test_set` and `labels` in `setup`.
+
+    `labels` holds one label per training sample, which a partition goes by.
 
     Args:
         batch_size: training samples per rank and step; the global batch is `batch_size * world size`.
         num_workers: loader processes per rank; 0 loads in the training process.
+        partition: which training samples a worker sees: `iid` (all, shuffled anew at every epoch), or a shard of its
+            own, `by_label` or `dirichlet:ALPHA` (see :func:`shards`).
+        split_seed: of the partition and of whatever splits a subclass draws.
     """
 
-    train_set: Images
-    val_set: Images
-    test_set: Images
+    train_set: Samples
+    val_set: Samples
+    test_set: Samples
+    labels: np.ndarray[Any, Any]
+    # Makes a batch of samples; None: torch's own way.
+    collate: Callable[[Any], Any] | None = None
 
-    def __init__(self, batch_size: int, num_workers: int = 0) -> None:
+    def __init__(self, batch_size: int, num_workers: int = 0, partition: str = "iid", split_seed: int = 0) -> None:
         super().__init__()
         if batch_size < 1:
             raise ValueError(f"data.batch_size is {batch_size}, but must be at least 1")
+        concentration(partition)
         self.batch_size = batch_size
         self.num_workers = num_workers
+        self.partition = partition
+        self.split_seed = split_seed
 
     @override
     def train_dataloader(self) -> DataLoader[Any]:
@@ -75,7 +136,17 @@ class ImageData(LightningDataModule):
                 f"but there are {samples}. HINT: choose a smaller data.batch_size."
             )
         # The last, smaller batch is dropped: a rank's gradient must weigh the same in every mean.
-        return DataLoader(self.train_set, self.batch_size, shuffle=True, drop_last=True, **self._loading())
+        loading: dict[str, Any] = {"batch_size": self.batch_size, "drop_last": True, **self._loading()}
+        if self.partition == "iid":
+            return DataLoader(self.train_set, shuffle=True, **loading)
+        if self.world_size == 1:
+            warnings.warn(f"data.partition={self.partition} has no effect on a single worker", stacklevel=2)
+        mine = Subset(
+            self.train_set, shards(self.labels, self.world_size, self.partition, self.split_seed)[self.rank].tolist()
+        )
+        # Lightning keeps a sampler that is distributed already; its own would mix the shards again.
+        seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) + self.rank
+        return DataLoader(mine, sampler=DistributedSampler(mine, num_replicas=1, rank=0, seed=seed), **loading)
 
     @override
     def val_dataloader(self) -> DataLoader[Any]:
@@ -90,12 +161,16 @@ class ImageData(LightningDataModule):
         """The number of ranks, 1 outside a Trainer."""
         return self.trainer.world_size if self.trainer else 1
 
-    def _evaluation_loader(self, dataset: Images) -> DataLoader[Any]:
-        samples, world_size = len(dataset), self.world_size  # type: ignore[arg-type]
-        rank = self.trainer.global_rank if self.trainer else 0
+    @property
+    def rank(self) -> int:
+        """This process's rank, 0 outside a Trainer."""
+        return self.trainer.global_rank if self.trainer else 0
+
+    def _evaluation_loader(self, dataset: Samples) -> DataLoader[Any]:
+        samples = len(dataset)  # type: ignore[arg-type]
         # Lightning keeps a sampler that is distributed already; its own would pad the shards with repeated samples.
-        sampler = UnrepeatedDistributedSampler(dataset, world_size, rank, shuffle=False)
-        batch_size = even_batch_size(samples, world_size, self.batch_size)
+        sampler = UnrepeatedDistributedSampler(dataset, self.world_size, self.rank, shuffle=False)
+        batch_size = even_batch_size(samples, self.world_size, self.batch_size)
         return DataLoader(dataset, batch_size, sampler=sampler, **self._loading())
 
     def _loading(self) -> dict[str, Any]:
@@ -103,147 +178,5 @@ class ImageData(LightningDataModule):
             "num_workers": self.num_workers,
             "persistent_workers": self.num_workers > 0,
             "pin_memory": torch.cuda.is_available(),
+            "collate_fn": self.collate,
         }
-
-
-class Digits(ImageData):
-    """scikit-learn's 1,797 real 8x8 images of handwritten digits; they ship with the package, nothing is downloaded.
-
-    The split is stratified and fixed by `split_seed`: 20% test, 15% validation, the rest training. Pixels are
-    normalised with the training images' mean and standard deviation.
-
-    Args:
-        batch_size: training samples per rank and step.
-        num_workers: loader processes per rank; the images are in memory, so 0 is fastest.
-        split_seed: which images fall into which split.
-    """
-
-    def __init__(self, batch_size: int, num_workers: int = 0, split_seed: int = 0) -> None:
-        super().__init__(batch_size, num_workers)
-        self.split_seed = split_seed
-
-    @override
-    def setup(self, stage: str | None = None) -> None:
-        digits = load_digits()
-        images, labels = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1), torch.tensor(digits.target)
-        train, val, test = self.split(digits.target)
-        images = (images - images[train].mean()) / images[train].std()
-        self.train_set, self.val_set, self.test_set = (
-            TensorDataset(images[part], labels[part]) for part in (train, val, test)
-        )
-
-    def split(self, labels: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], ...]:
-        """Indices of the training, validation and test images."""
-        rest, test = train_test_split(
-            np.arange(len(labels)), test_size=0.2, stratify=labels, random_state=self.split_seed
-        )
-        train, val = train_test_split(rest, test_size=0.15 / 0.8, stratify=labels[rest], random_state=self.split_seed)
-        return train, val, test
-
-
-class Cifar(ImageData):
-    """CIFAR-10 or CIFAR-100 with the usual augmentation: pad by 4, crop 32x32, flip.
-
-    Args:
-        root: folder of torchvision's data set (`cifar-10-batches-py` or `cifar-100-python` lies in it).
-        num_classes: 10 or 100.
-        download: fetch the archive into `root` if it is not there.
-        batch_size: training samples per rank and step.
-        num_workers: loader processes per rank.
-        val_size: training images held out for validation, drawn with `split_seed`. 0, as in the paper's runs, trains
-            on all of them and validates on the test images: read such a validation curve, choose nothing by it.
-        split_seed: which images are held out.
-    """
-
-    def __init__(
-        self,
-        root: str,
-        num_classes: int,
-        download: bool = False,
-        batch_size: int = 128,
-        num_workers: int = 4,
-        val_size: int = 0,
-        split_seed: int = 0,
-    ) -> None:
-        super().__init__(batch_size, num_workers)
-        if num_classes not in CIFAR_STATISTICS:
-            raise ValueError(f"data.num_classes is {num_classes}, but CIFAR has 10 or 100 classes")
-        self.root = root
-        self.num_classes = num_classes
-        self.download = download
-        self.val_size = val_size
-        self.split_seed = split_seed
-
-    @override
-    def prepare_data(self) -> None:
-        if self.download:
-            self._dataset(train=True, transform=None, download=True)
-
-    @override
-    def setup(self, stage: str | None = None) -> None:
-        to_tensor = [transforms.ToTensor(), transforms.Normalize(*CIFAR_STATISTICS[self.num_classes])]
-        plain = transforms.Compose(to_tensor)
-        augmented = transforms.Compose(
-            [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(), *to_tensor]
-        )
-        self.train_set = self._dataset(train=True, transform=augmented)
-        self.test_set = self.val_set = self._dataset(train=False, transform=plain)
-        if self.val_size:
-            held_in = self._dataset(train=True, transform=plain)
-            train, val = train_test_split(
-                np.arange(len(held_in)), test_size=self.val_size, stratify=held_in.targets, random_state=self.split_seed
-            )
-            self.train_set, self.val_set = Subset(self.train_set, train), Subset(held_in, val)
-
-    def _dataset(self, train: bool, transform: Callable[[Any], Any] | None, download: bool = False) -> Any:
-        dataset = CIFAR10 if self.num_classes == 10 else CIFAR100
-        try:
-            return dataset(self.root, train=train, transform=transform, download=download)
-        except RuntimeError as error:  # torchvision's own message names an argument the user cannot see
-            raise FileNotFoundError(
-                f"no complete CIFAR-{self.num_classes} in {Path(self.root).resolve()}. "
-                "HINT: point data.root at it, or add data.download=true."
-            ) from error
-
-
-class ImageNet(ImageData):
-    """An image folder with `train/<class>/*` and `val/<class>/*`, such as ImageNet's; `val` also serves as test split.
-
-    Args:
-        root: the folder that holds `train` and `val`.
-        batch_size: training samples per rank and step.
-        num_workers: loader processes per rank.
-        image_size: side of the square the network sees.
-    """
-
-    def __init__(self, root: str, batch_size: int = 30, num_workers: int = 8, image_size: int = 224) -> None:
-        super().__init__(batch_size, num_workers)
-        self.root = Path(root)
-        self.image_size = image_size
-
-    @override
-    def setup(self, stage: str | None = None) -> None:
-        for folder in (self.root / "train", self.root / "val"):
-            if not folder.is_dir():
-                raise FileNotFoundError(
-                    f"no folder {folder.resolve()}. HINT: point data.root at a folder that holds train/ and val/, "
-                    "each with one folder of images per class."
-                )
-        to_tensor = [transforms.ToTensor(), transforms.Normalize(*IMAGENET_STATISTICS)]
-        self.train_set = ImageFolder(
-            self.root / "train",
-            transforms.Compose(
-                [transforms.RandomResizedCrop(self.image_size), transforms.RandomHorizontalFlip(), *to_tensor]
-            ),
-        )
-        # The customary evaluation view: the central 7/8 of the image (224 of 256).
-        self.val_set = self.test_set = ImageFolder(
-            self.root / "val",
-            transforms.Compose(
-                [
-                    transforms.Resize(self.image_size * 8 // 7),
-                    transforms.CenterCrop(self.image_size),
-                    *to_tensor,
-                ]
-            ),
-        )

@@ -27,7 +27,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from recipes.data import Digits
+from recipes.images import Digits
 from recipes.train import train
 
 STRATEGIES = ("ddp", "dssync")

@@ -9,19 +9,21 @@ from lightning.pytorch.callbacks import RichProgressBar
 from typing_extensions import override
 
 
-def progress(leave: bool = False) -> Callback:
+def progress(metric: str, leave: bool = False) -> Callback:
     """The progress callback for this process's standard output.
 
     Args:
+        metric: of the validation, to show at its end.
         leave: keep finished bars on the screen.
     """
-    return RichProgressBar(leave=leave) if sys.stdout.isatty() else EpochLines()
+    return RichProgressBar(leave=leave) if sys.stdout.isatty() else EpochLines(metric)
 
 
 class EpochLines(Callback):
     """Prints one line per epoch: the step and those metrics of the epoch that are there."""
 
-    shown = ("train/loss", "val/loss", "val/accuracy")
+    def __init__(self, metric: str) -> None:
+        self.shown = ("train/loss", "val/loss", f"val/{metric}")
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -71,7 +71,7 @@ def main(cfg: DictConfig) -> float:
         path = Path(cfg.output_dir) / "results.json"
         path.write_text(json.dumps(results, indent=2, sort_keys=True) + "\n")
         print(f"outputs in {path.parent}")
-    return results.get("val/accuracy", float("nan"))  # what a Hydra sweeper maximises
+    return results.get(f"val/{cfg.metric}", float("nan"))  # what a Hydra sweeper maximises
 
 
 def _global_rank() -> int:

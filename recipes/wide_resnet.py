@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import timm
-from lightning.pytorch import LightningModule
 from timm.layers import BatchNormAct2d, create_conv2d
 from timm.models.resnetv2 import ResNetV2
 from torch import Tensor, nn
@@ -17,6 +15,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 from typing_extensions import override
+
+from recipes.task import Task
 
 Batch = tuple[Tensor, Tensor]
 
@@ -67,7 +67,7 @@ def timm_model(name: str, num_classes: int, in_channels: int = 3) -> nn.Module:
     return module
 
 
-class ImageClassifier(LightningModule):
+class ImageClassifier(Task):
     """Trains `net` with cross entropy and logs loss and accuracy.
 
     Validation and test metrics are torchmetrics', synchronized over ranks: with the exact shards of `recipes.data`
@@ -77,7 +77,7 @@ class ImageClassifier(LightningModule):
         net: maps images to logits.
         num_classes: number of logits; from 100 on top-5 accuracy is logged as well.
         optimizer: makes the optimizer from the parameters.
-        scheduler: makes the learning-rate scheduler, stepped once per epoch, from the optimizer.
+        scheduler: makes the learning-rate scheduler from the optimizer; see :class:`Task`.
     """
 
     def __init__(
@@ -87,17 +87,14 @@ class ImageClassifier(LightningModule):
         optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
         scheduler: Callable[[Optimizer], LRScheduler] | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(optimizer, scheduler)
         self.net = net
-        self.make_optimizer = optimizer
-        self.make_scheduler = scheduler
         accuracies: dict[str, Any] = {"accuracy": MulticlassAccuracy(num_classes, average="micro")}
         if num_classes >= 100:
             accuracies["top5_accuracy"] = MulticlassAccuracy(num_classes, top_k=5, average="micro")
         accuracy = MetricCollection(accuracies)
         self.val_accuracy, self.test_accuracy = accuracy.clone("val/"), accuracy.clone("test/")
         self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
-        self.start = 0.0
 
     @override
     def forward(self, images: Tensor) -> Tensor:
@@ -105,20 +102,11 @@ class ImageClassifier(LightningModule):
         return logits
 
     @override
-    def on_train_start(self) -> None:
-        self.start = time.perf_counter()
-
-    @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, labels = batch
         loss = F.cross_entropy(self(images), labels)
-        # One reduction per epoch. A mean over ranks at every step would be the world-wide wait DS-Sync avoids.
-        self.log("train/loss", loss, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(labels))
+        self.log_train_loss(loss, len(labels))
         return loss
-
-    @override
-    def on_train_epoch_end(self) -> None:
-        self.log("train/seconds", time.perf_counter() - self.start, sync_dist=True)
 
     @override
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -137,10 +125,3 @@ class ImageClassifier(LightningModule):
         logits = self(images)
         loss.update(F.cross_entropy(logits, labels), len(labels))
         accuracy.update(logits, labels)
-
-    @override
-    def configure_optimizers(self) -> Any:
-        optimizer = self.make_optimizer(self.parameters())
-        if self.make_scheduler is None:
-            return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": self.make_scheduler(optimizer)}

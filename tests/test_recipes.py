@@ -19,8 +19,9 @@ from torch import nn
 from torch.utils.data import TensorDataset
 from torchvision.datasets import CIFAR10, CIFAR100
 
-from recipes.data import Cifar, Digits, ImageData, ImageNet, even_batch_size
+from recipes.data import RecipeData, even_batch_size
 from recipes.demo import header, paired
+from recipes.images import Cifar, Digits, ImageNet
 from recipes.wide_resnet import ImageClassifier, timm_model, wide_resnet
 
 
@@ -72,7 +73,7 @@ def test_a_batch_larger_than_the_training_split_is_refused():
         Digits(batch_size=0)
 
 
-class Uneven(ImageData):
+class Uneven(RecipeData):
     """33 images for 2 ranks: shards of 17 and 16, where batches of 4 would be 5 on one rank and 4 on the other."""
 
     def setup(self, stage=None):

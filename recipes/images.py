@@ -1,0 +1,180 @@
+"""The data sets of the vision recipe: digits, CIFAR-10, CIFAR-100 and an ImageNet folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch.utils.data import Subset, TensorDataset
+from torchvision import transforms
+from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
+from typing_extensions import override
+
+from recipes.data import RecipeData
+
+# Channel means and standard deviations of the training images; CIFAR's are in units of one (pixel / 255).
+CIFAR_STATISTICS = {
+    10: ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    100: ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+}
+IMAGENET_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+class Digits(RecipeData):
+    """scikit-learn's 1,797 real 8x8 images of handwritten digits; they ship with the package, nothing is downloaded.
+
+    The split is stratified and fixed by `split_seed`: 20% test, 15% validation, the rest training. Pixels are
+    normalised with the training images' mean and standard deviation.
+
+    Args:
+        batch_size: training samples per rank and step.
+        num_workers: loader processes per rank; the images are in memory, so 0 is fastest.
+        partition: which training images a worker sees; see :class:`RecipeData`.
+        split_seed: which images fall into which split, and of the partition.
+    """
+
+    @override
+    def setup(self, stage: str | None = None) -> None:
+        digits = load_digits()
+        images, labels = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1), torch.tensor(digits.target)
+        train, val, test = self.split(digits.target)
+        images = (images - images[train].mean()) / images[train].std()
+        self.train_set, self.val_set, self.test_set = (
+            TensorDataset(images[part], labels[part]) for part in (train, val, test)
+        )
+        self.labels = digits.target[train]
+
+    def split(self, labels: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], ...]:
+        """Indices of the training, validation and test images."""
+        rest, test = train_test_split(
+            np.arange(len(labels)), test_size=0.2, stratify=labels, random_state=self.split_seed
+        )
+        train, val = train_test_split(rest, test_size=0.15 / 0.8, stratify=labels[rest], random_state=self.split_seed)
+        return train, val, test
+
+
+class Cifar(RecipeData):
+    """CIFAR-10 or CIFAR-100 with the usual augmentation: pad by 4, crop 32x32, flip.
+
+    Args:
+        root: folder of torchvision's data set (`cifar-10-batches-py` or `cifar-100-python` lies in it).
+        num_classes: 10 or 100.
+        download: fetch the archive into `root` if it is not there.
+        batch_size: training samples per rank and step.
+        num_workers: loader processes per rank.
+        val_size: training images held out for validation, drawn with `split_seed`. 0, as in the paper's runs, trains
+            on all of them and validates on the test images: read such a validation curve, choose nothing by it.
+        partition: which training images a worker sees; see :class:`RecipeData`.
+        split_seed: which images are held out, and of the partition.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        num_classes: int,
+        download: bool = False,
+        batch_size: int = 128,
+        num_workers: int = 4,
+        val_size: int = 0,
+        partition: str = "iid",
+        split_seed: int = 0,
+    ) -> None:
+        super().__init__(batch_size, num_workers, partition, split_seed)
+        if num_classes not in CIFAR_STATISTICS:
+            raise ValueError(f"data.num_classes is {num_classes}, but CIFAR has 10 or 100 classes")
+        self.root = root
+        self.num_classes = num_classes
+        self.download = download
+        self.val_size = val_size
+
+    @override
+    def prepare_data(self) -> None:
+        if self.download:
+            self._dataset(train=True, transform=None, download=True)
+
+    @override
+    def setup(self, stage: str | None = None) -> None:
+        to_tensor = [transforms.ToTensor(), transforms.Normalize(*CIFAR_STATISTICS[self.num_classes])]
+        plain = transforms.Compose(to_tensor)
+        augmented = transforms.Compose(
+            [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(), *to_tensor]
+        )
+        train_set = self._dataset(train=True, transform=augmented)
+        self.train_set, self.labels = train_set, np.array(train_set.targets)
+        self.test_set = self.val_set = self._dataset(train=False, transform=plain)
+        if self.val_size:
+            held_in = self._dataset(train=True, transform=plain)
+            train, val = train_test_split(
+                np.arange(len(held_in)), test_size=self.val_size, stratify=held_in.targets, random_state=self.split_seed
+            )
+            self.train_set, self.val_set = Subset(self.train_set, train), Subset(held_in, val)
+            self.labels = self.labels[train]
+
+    def _dataset(self, train: bool, transform: Callable[[Any], Any] | None, download: bool = False) -> Any:
+        dataset = CIFAR10 if self.num_classes == 10 else CIFAR100
+        try:
+            return dataset(self.root, train=train, transform=transform, download=download)
+        except RuntimeError as error:  # torchvision's own message names an argument the user cannot see
+            raise FileNotFoundError(
+                f"no complete CIFAR-{self.num_classes} in {Path(self.root).resolve()}. "
+                "HINT: point data.root at it, or add data.download=true."
+            ) from error
+
+
+class ImageNet(RecipeData):
+    """An image folder with `train/<class>/*` and `val/<class>/*`, such as ImageNet's; `val` also serves as test split.
+
+    Args:
+        root: the folder that holds `train` and `val`.
+        batch_size: training samples per rank and step.
+        num_workers: loader processes per rank.
+        image_size: side of the square the network sees.
+        partition: which training images a worker sees; see :class:`RecipeData`.
+        split_seed: of the partition.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        batch_size: int = 30,
+        num_workers: int = 8,
+        image_size: int = 224,
+        partition: str = "iid",
+        split_seed: int = 0,
+    ) -> None:
+        super().__init__(batch_size, num_workers, partition, split_seed)
+        self.root = Path(root)
+        self.image_size = image_size
+
+    @override
+    def setup(self, stage: str | None = None) -> None:
+        for folder in (self.root / "train", self.root / "val"):
+            if not folder.is_dir():
+                raise FileNotFoundError(
+                    f"no folder {folder.resolve()}. HINT: point data.root at a folder that holds train/ and val/, "
+                    "each with one folder of images per class."
+                )
+        to_tensor = [transforms.ToTensor(), transforms.Normalize(*IMAGENET_STATISTICS)]
+        train_set = ImageFolder(
+            self.root / "train",
+            transforms.Compose(
+                [transforms.RandomResizedCrop(self.image_size), transforms.RandomHorizontalFlip(), *to_tensor]
+            ),
+        )
+        self.train_set, self.labels = train_set, np.array(train_set.targets)
+        # The customary evaluation view: the central 7/8 of the image (224 of 256).
+        self.val_set = self.test_set = ImageFolder(
+            self.root / "val",
+            transforms.Compose(
+                [
+                    transforms.Resize(self.image_size * 8 // 7),
+                    transforms.CenterCrop(self.image_size),
+                    *to_tensor,
+                ]
+            ),
+        )
