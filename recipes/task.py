@@ -56,6 +56,7 @@ class Task(LightningModule):
     @override
     def on_train_epoch_end(self) -> None:
         self.log("train/seconds", time.perf_counter() - self.start, sync_dist=True)
+        self.log("train/steps", float(self.trainer.global_step), sync_dist=True)
 
     def log_train_loss(self, loss: Tensor, samples: int) -> None:
         """One reduction per epoch. A mean over ranks at every step would be the world-wide wait DS-Sync avoids."""

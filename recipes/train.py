@@ -13,10 +13,12 @@ from pathlib import Path
 
 import hydra
 import torch
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ProgressBar
 from omegaconf import DictConfig
+from torch.multiprocessing.spawn import ProcessRaisedException
 
 import ds_lightning  # noqa: F401  (registers the strategy names)
 
@@ -58,13 +60,32 @@ def train(cfg: DictConfig) -> dict[str, float]:
     # The last weights, not the best: nothing that is tested was chosen by a metric.
     trainer.test(model, data, verbose=False)
     results |= {name: float(value) for name, value in trainer.callback_metrics.items()}
+    gradients = [p for p in model.parameters() if p.requires_grad]
+    results["model/gradient_bytes"] = float(sum(p.numel() * p.element_size() for p in gradients))
+    results["model/buffer_bytes"] = float(sum(b.numel() * b.element_size() for b in model.buffers()))
     return results
+
+
+def one_line(error: Exception) -> str | None:
+    """What a mistake in the configuration or the data says, also where a forked rank found it; None for a defect."""
+    if isinstance(error, ProcessRaisedException):
+        last = str(error).strip().splitlines()[-1]
+        kind, _, message = last.partition(": ")
+        return message if kind in ("ValueError", "FileNotFoundError") else None
+    if isinstance(error, InstantiationException):  # Hydra's, about a constructor
+        error = error.__cause__ if isinstance(error.__cause__, Exception) else error
+    return str(error) if isinstance(error, ValueError | FileNotFoundError) else None
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="config")
 def main(cfg: DictConfig) -> float:
     """Trains, prints the results and writes them to `results.json` in the run's output directory."""
-    results = train(cfg)
+    try:
+        results = train(cfg)
+    except Exception as error:
+        if "HYDRA_FULL_ERROR" in os.environ or not (message := one_line(error)):
+            raise
+        sys.exit(f"error: {message}" if _global_rank() == 0 else 1)
     if _global_rank() == 0:
         for name, value in sorted(results.items()):
             print(f"{name:34s} {value:.4f}")
