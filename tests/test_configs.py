@@ -228,57 +228,12 @@ def test_demo_prints_its_table_and_draws_the_curves(tmp_path):
     assert (tmp_path / "out" / "demo.png").stat().st_size > 10_000
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(180)
-def test_wires_are_compared_and_the_comparison_resumes(tmp_path):
-    wires = ("-m", "recipes.demo", "--wires", "--workers", "2", "--epochs", "1", "--seeds", "1", "--output", "out")
-    done = command(*wires, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    (folder,) = (tmp_path / "out" / "wires").iterdir()
-    table = (folder / "table.md").read_text()
-    assert table in done.stdout
-    rows = {(cells := line.strip("| ").split(" | "))[0]: cells[1:] for line in table.splitlines()}
-    assert rows["2 workers, lr 0.1, test accuracy (%)"] == ["fp32", "bf16", "int8", "bf16 - fp32", "int8 - fp32"]
-    assert all(50 < float(value) <= 100 for value in rows["seed 0"][:3])
-    assert all(float(value.split(" ± ")[0]) > 0 for value in rows["last consensus distance, mean ± sd"][:3])
-    fp32, bf16, int8 = (int(value.strip(" |").replace(",", "")) for value in rows["bytes sent per worker per step"][:3])
-    # Buffers travel as they are stored, whatever the wire.
-    assert 0.5 < bf16 / fp32 < 0.51
-    assert 0.25 < int8 / fp32 < 0.28
-
-    runs = json.loads((folder / "runs.json").read_text())
-    overrides = [run["overrides"] for run in runs]
-    assert [name for run in overrides for name in run if "wire_dtype" in name] == [
-        f"strategy.wire_dtype={wire}" for wire in ("null", "bf16", "int8")
-    ]
-    assert len({tuple(name for name in run if "wire_dtype" not in name) for run in overrides}) == 1
-
-    (folder / "table.md").unlink()
-    runs[1]["results"]["test/accuracy"] = 0.125  # no training gives this: it is read back
-    (folder / "runs.json").write_text(json.dumps(runs[:2]))
-    done = command(*wires, "--resume", str(folder), cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    resumed = json.loads((folder / "runs.json").read_text())
-    assert resumed[:2] == runs[:2]
-    assert resumed[2]["overrides"] == runs[2]["overrides"]
-    assert "| 12.50 |" in (folder / "table.md").read_text()
-    assert len(list((tmp_path / "out" / "wires").iterdir())) == 1
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--workers", "1"], "at least 2"),
-        (["--workers", "4", "1", "--wires"], "--workers is 1, but .* at least 2"),
-        (["--workers", "4", "8"], "only --wires takes several"),
-        (["--workers", "4", "6", "--wires"], "must divide the global batch of 64"),
         (["--epochs", "0"], "at least 1"),
         (["--lr", "-1"], "must be positive"),
-        (["--seeds", "0", "--wires"], "--seeds is 0, but must be 1 to 100"),
-        (["--seeds", "101", "--parity"], "--seeds is 101, but must be 1 to 100"),
-        (["--parity", "--wires"], "not allowed with"),
-        (["--resume", "."], "add --parity or --wires"),
-        (["--resume", "nowhere", "--wires"], "no such folder"),
     ],
 )
 def test_demo_refuses_bad_arguments(arguments, message, capsys):

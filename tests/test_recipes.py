@@ -6,6 +6,7 @@ import hashlib
 import pickle
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,9 +20,9 @@ from torch import nn
 from torch.utils.data import TensorDataset
 from torchvision.datasets import CIFAR10, CIFAR100
 
-from recipes.data import RecipeData, even_batch_size
-from recipes.demo import header, paired
+from recipes.data import RecipeData, even_batch_size, shards
 from recipes.images import Cifar, Digits, ImageNet
+from recipes.task import cosine_decay, linear_decay
 from recipes.wide_resnet import ImageClassifier, timm_model, wide_resnet
 
 
@@ -71,6 +72,93 @@ def test_a_batch_larger_than_the_training_split_is_refused():
         data.train_dataloader()
     with pytest.raises(ValueError, match="batch_size is 0"):
         Digits(batch_size=0)
+
+
+LABELS = np.array([f"class {i % 7}" for i in range(203)])
+
+
+@pytest.mark.parametrize("partition", ["by_label", "dirichlet:0.1", "dirichlet:5"])
+@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
+def test_shards_are_disjoint_equal_and_fixed_by_the_seed(partition, world_size):
+    parts = shards(LABELS, world_size, partition, seed=3)
+    assert [len(part) for part in parts] == [203 // world_size] * world_size
+    assert len(set(np.concatenate(parts))) == 203 // world_size * world_size
+    again, other = (shards(LABELS, world_size, partition, seed) for seed in (3, 4))
+    assert all(np.array_equal(a, b) for a, b in zip(parts, again, strict=True))
+    assert world_size == 1 or not all(np.array_equal(a, b) for a, b in zip(parts, other, strict=True))
+
+
+def test_shards_by_label_hold_few_labels_and_a_dirichlet_as_many_as_its_parameter_says():
+    def labels_per_worker(partition: str) -> list[int]:
+        return [len(set(LABELS[part])) for part in shards(LABELS, 7, partition, seed=0)]
+
+    assert labels_per_worker("by_label") == [1] * 7
+    assert min(labels_per_worker("dirichlet:100")) >= 6
+    # Shares of 1/7 each in the mean, and most of a worker's samples of few labels where the parameter is small.
+    largest = [
+        max(np.unique(LABELS[part], return_counts=True)[1]) / 29
+        for seed in range(20)
+        for part in shards(LABELS, 7, "dirichlet:0.05", seed)[:2]  # the last ones get what the first have left
+    ]
+    assert 0.7 < np.mean(largest) < 1
+
+
+@pytest.mark.parametrize(
+    "partition", ["byy_label", "dirichlet", "dirichlet:0", "dirichlet:x", "dirichlet:inf", "iid:1"]
+)
+def test_a_partition_that_does_not_exist_is_refused(partition):
+    with pytest.raises(ValueError, match=r"data\.partition is .* but must be iid, by_label or dirichlet:ALPHA.*HINT"):
+        Digits(16, partition=partition)
+
+
+@pytest.mark.timeout(60)
+def test_each_worker_keeps_its_own_shard_and_shuffles_it():
+    def run(rank):
+        data = Digits(8, partition="by_label")
+        data.setup()
+        data.trainer = SimpleNamespace(world_size=4, global_rank=rank)  # type: ignore[assignment]
+        loader = data.train_dataloader()
+        epochs = []
+        for epoch in range(2):
+            loader.sampler.set_epoch(epoch)
+            epochs.append(torch.cat([labels for _, labels in loader]).tolist())
+        return epochs
+
+    for rank in range(4):
+        first, second = run(rank)
+        assert len(first) == 1167 // 4 // 8 * 8
+        assert set(first) | set(second) <= set(range(10 * rank // 4 - 1, 10 * (rank + 1) // 4 + 1))
+        assert first != second
+
+
+def test_a_partition_without_other_workers_warns():
+    data = Digits(8, partition="by_label")
+    data.setup()
+    with pytest.warns(UserWarning, match="no effect on a single worker"):
+        data.train_dataloader()
+
+
+def optimizer_at(rate: float) -> torch.optim.Optimizer:
+    return torch.optim.SGD([torch.zeros(1)], lr=rate)
+
+
+def test_schedules_warm_up_and_decay_to_zero():
+    for make, middle in ((linear_decay, 0.5), (cosine_decay, 0.5)):
+        optimizer = optimizer_at(2.0)
+        scheduler = make(optimizer, num_training_steps=100, warmup=0.2)
+        rates = []
+        for _ in range(101):
+            rates.append(scheduler.get_last_lr()[0])
+            optimizer.step()
+            scheduler.step()
+        assert 0 < rates[0] < 0.2
+        assert rates[:21] == sorted(rates[:21])
+        assert rates[20] == pytest.approx(2.0)
+        assert rates[20:] == sorted(rates[20:], reverse=True)
+        assert rates[60] == pytest.approx(2 * middle)
+        assert rates[100] == pytest.approx(0, abs=1e-12)
+    with pytest.raises(ValueError, match="warmup is 1"):
+        linear_decay(optimizer_at(1.0), 10, warmup=1)
 
 
 class Uneven(RecipeData):
@@ -226,22 +314,3 @@ def test_top5_accuracy_is_logged_for_many_classes():
     optimizer = partial(torch.optim.SGD, lr=0.1)
     assert list(ImageClassifier(nn.Identity(), 10, optimizer).test_accuracy) == ["test/accuracy"]
     assert set(ImageClassifier(nn.Identity(), 100, optimizer).val_accuracy) == {"val/accuracy", "val/top5_accuracy"}
-
-
-def test_arms_are_compared_seed_by_seed():
-    arms = {"fp32": [98.0, 97.0, 99.0], "int8": [98.5, 97.0, 98.0]}
-    rows = [*header("accuracy", arms), *paired("", arms, 2, each=True)]
-    # Differences 0.5, 0 and -1: their mean is -1/6, their standard deviation 0.764.
-    assert rows == [
-        "| accuracy | fp32 | int8 | int8 - fp32 |",
-        "|---|---|---|---|",
-        "| seed 0 | 98.00 | 98.50 | +0.50 |",
-        "| seed 1 | 97.00 | 97.00 | +0.00 |",
-        "| seed 2 | 99.00 | 98.00 | -1.00 |",
-        "| mean ± sd | 98.00 ± 1.00 | 97.83 ± 0.76 | -0.17 ± 0.76 |",
-        "| standard error | 0.58 | 0.44 | 0.44 |",
-    ]
-    assert paired("loss, ", {"fp32": [1.0], "int8": [3.0]}, 1) == [
-        "| loss, mean ± sd | 1.0 ± nan | 3.0 ± nan | +2.0 ± nan |",
-        "| loss, standard error | nan | nan | nan |",
-    ]

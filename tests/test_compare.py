@@ -1,0 +1,186 @@
+"""The comparison of arms: its arithmetic, its report, what it refuses, and that an interrupted one continues."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from recipes.compare import Arm, Run, Study, bytes_per_step, interval, main, parse, table, tuning_table
+from recipes.train import one_line
+from tests.test_configs import command
+
+
+def test_arms_are_strategies_or_names_with_overrides():
+    assert Arm.parse("ddp") == Arm("ddp", ["strategy=ddp"])
+    assert Arm.parse("int8=strategy=dssync strategy.wire_dtype=int8") == Arm(
+        "int8", ["strategy=dssync", "strategy.wire_dtype=int8"]
+    )
+    assert Arm.parse("states=strategy.average_optimizer_state='[exp_avg, exp_avg_sq]'").overrides == [
+        "strategy.average_optimizer_state=[exp_avg, exp_avg_sq]"
+    ]
+
+
+def test_the_interval_is_students():
+    # Five differences of mean 1 and standard deviation 1: 2.776 / sqrt(5) to either side.
+    low, high = interval([1 - math.sqrt(2), 1, 1, 1, 1 + math.sqrt(2)])
+    assert (low, high) == pytest.approx((1 - 2.7764 / math.sqrt(5), 1 + 2.7764 / math.sqrt(5)), abs=1e-3)
+    assert interval([3.0]) == (-math.inf, math.inf)
+
+
+def finished(accuracy: float, loss: float, **more: float) -> Run:
+    results = {
+        "test/accuracy": accuracy,
+        "test/loss": loss,
+        "train/steps": 180.0,
+        "train/seconds": 2.0,
+        "bytes": 1000.0,
+    }
+    return Run({**results, **more}, Path("unused"))
+
+
+def test_the_table_pairs_seeds():
+    distance = {"dssync/consensus_distance": 0.02, "bytes": 500.0}
+    runs = {
+        "ddp": [finished(0.98, 0.1), finished(0.97, 0.1), finished(0.99, 0.1)],
+        "dssync": [finished(0.985, 0.2, **distance), finished(0.97, 0.1, **distance), finished(0.98, 0.3, **distance)],
+    }
+    rows = {line.split(" | ")[0].strip("| "): line for line in table(runs, {"ddp": 0.1, "dssync": 0.2}, "accuracy")}
+    accuracy = rows["test/accuracy (%), mean ± sd of 3 seeds"]
+    # Differences 0.5, 0 and -1: mean -1/6, standard deviation 0.764, Student's factor 4.303.
+    assert accuracy.endswith("98.00 ± 1.00 | 97.83 ± 0.76 | -0.17 (-2.06 to +1.73) |")
+    assert rows["test/loss, mean ± sd of 3 seeds"].split(" | ")[1:3] == ["0.1000 ± 0.0000", "0.2000 ± 0.1000"]
+    assert rows["learning rate"].split(" | ")[1:3] == ["0.1", "0.2"]
+    assert rows["steps"].split(" | ")[1:3] == ["180", "180"]
+    assert rows["bytes sent per worker per step"].split(" | ")[1:] == ["1,000", "500", "x 0.50 |"]
+    assert rows["last consensus distance"].split(" | ")[1:3] == ["0", "0.02"]
+    assert not [line for line in rows.values() if "equal steps" in line]
+    runs["dssync"][1].results["train/steps"] = 90.0
+    assert table(runs, {"ddp": 0.1, "dssync": 0.2}, "accuracy")[-1] == "**The arms did not take equal steps.**"
+
+
+def test_a_rate_at_the_edge_of_the_grid_is_reported():
+    tuned = {"ddp": {0.1: 0.9, 0.2: 0.95, 0.4: 0.9}, "dssync": {0.1: 0.9, 0.2: 0.95, 0.4: 0.96}}
+    lines = tuning_table(tuned, {"ddp": 0.2, "dssync": 0.4}, "accuracy", 2)
+    assert "| 0.2 | 95.00 (taken) | 95.00 |" in lines
+    assert "| 0.4 | 90.00 | 96.00 (taken) |" in lines
+    assert [line for line in lines if line.startswith("At the edge of the grid: dssync.")]
+    assert tuning_table({}, {"ddp": 0.2}, "accuracy", 2) == []
+
+
+def test_bytes_are_counted_or_computed_or_unknown():
+    def configured(target: str) -> object:
+        return OmegaConf.create({"strategy": {"_target_": target}, "trainer": {"devices": 4, "num_nodes": 2}})
+
+    sizes = {"model/gradient_bytes": 800.0, "model/buffer_bytes": 80.0}
+    ddp = configured("lightning.pytorch.strategies.DDPStrategy")
+    assert bytes_per_step(ddp, sizes) == 7 / 8 * (2 * 800 + 80)
+    assert bytes_per_step(ddp, {**sizes, "dssync/bytes_sent": 5.0}) == 5
+    assert math.isnan(bytes_per_step(configured("lightning.pytorch.strategies.FSDPStrategy"), sizes))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trainer.devices=2"], "no recipe is chosen"),
+        (["recipe=wide_resnet", "--arms", "ddp"], "at least two"),
+        (["recipe=wide_resnet", "--arms", "ddp", "ddp=strategy=dssync"], "of different names"),
+        (["recipe=wide_resnet", "--seeds", "0"], "--seeds is 0, but must be at least 1"),
+        (["recipe=wide_resnet", "--seeds", "1001"], "seeds from 1000 on tune"),
+        (["recipe=wide_resnet", "--tuning-seeds", "0"], "--tuning-seeds is 0"),
+        (["recipe=wide_resnet", "--monitor-every", "0"], "--monitor-every is 0"),
+        (["recipe=wide_resnet", "--lrs", "0.1", "0.1"], "different positive numbers"),
+        (["recipe=wide_resnet", "--lrs", "-1"], "different positive numbers"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        parse(arguments)
+    assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["recipe=wide_resnet", "--arms", "ddp", "dsync"], "dsync"),
+        (["recipe=wide_restnet"], "wide_restnet"),
+        (["recipe=wide_resnet", "trainer.max_epoch=3"], "max_epoch"),
+    ],
+)
+def test_a_configuration_that_does_not_exist_is_one_line(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=f"error: .*{message}") as stop:
+        main(arguments)
+    assert "\n" not in str(stop.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_users_mistake_is_one_line_and_a_defect_is_not():
+    assert one_line(ValueError("data.x is 3. HINT: 4")) == "data.x is 3. HINT: 4"
+    assert one_line(FileNotFoundError("no folder")) == "no folder"
+    assert one_line(KeyError("x")) is None
+
+
+def test_finished_runs_are_not_repeated(tmp_path, monkeypatch, capsys):
+    trained: list[list[str]] = []
+
+    def fake_run(cfg):
+        trained.append([cfg.strategy._target_, cfg.model.optimizer.lr, cfg.seed, cfg.callbacks.get("consensus")])
+        return {"val/accuracy": 0.5, "model/gradient_bytes": 8.0, "model/buffer_bytes": 0.0}
+
+    monkeypatch.setattr("recipes.compare.run", fake_run)
+    for _ in range(2):
+        study = Study(tmp_path, ["recipe=wide_resnet"], total=2)
+        for arm in (Arm.parse("ddp"), Arm.parse("dssync")):
+            if not study.runs:
+                (tmp_path / "ddp-lr0.3-seed7").mkdir()  # as an interrupted run leaves it
+            study.train(arm, 0.3, 7, 10, "val/accuracy")
+    monitor = {"_target_": "ds_lightning.ConsensusMonitor", "every_n_steps": 10}
+    assert trained == [
+        ["lightning.pytorch.strategies.DDPStrategy", 0.3, 7, None],
+        ["ds_lightning.DSSyncStrategy", 0.3, 7, monitor],
+    ]
+    assert "[  2/2] dssync" in capsys.readouterr().out
+    assert len(json.loads((tmp_path / "runs.json").read_text())) == 2
+    assert not (tmp_path / "ddp-lr0.3-seed7").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_comparison_writes_its_report_and_the_same_command_continues_it(tmp_path):
+    arguments = ["-m", "recipes.compare", "recipe=wide_resnet", "trainer.devices=2", "trainer.max_epochs=1"]
+    arguments += ["--seeds", "1", "--tuning-seeds", "1", "--lrs", "0.05", "0.1", "--output", "out"]
+    done = command(*arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "out"
+    report = (folder / "report.md").read_text()
+    assert report in done.stdout
+    rows = {(cells := line.strip("| ").split(" | "))[0]: cells[1:] for line in report.splitlines() if "|" in line}
+    assert all(20 < float(rows["test/accuracy (%), mean ± sd of 1 seeds"][i].split()[0]) <= 100 for i in (0, 1))
+    assert rows["steps"][:2] == ["36", "36"]
+    # Two workers: a ring sends the gradients once, and a pair its parameters once.
+    ddp, dssync = (int(value.replace(",", "")) for value in rows["bytes sent per worker per step"][:2])
+    assert 0.9 < dssync / ddp < 1.1
+    assert (folder / "curves.png").stat().st_size > 10_000
+    assert "data:" in (folder / "config-dssync.yaml").read_text()
+    assert "python -m recipes.compare recipe=wide_resnet" in report
+    assert "torch 2" in report
+
+    runs = json.loads((folder / "runs.json").read_text())
+    assert len(runs) == 6
+    runs[-1]["results"]["test/accuracy"] = 0.125  # no training gives this: it is read back
+    del runs[-2]  # as if it had not been finished
+    (folder / "runs.json").write_text(json.dumps(runs))
+    (folder / "report.md").unlink()
+    done = command(*arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert " 12.50 ± nan " in (folder / "report.md").read_text()
+    assert len(json.loads((folder / "runs.json").read_text())) == 6
+
+
+def test_the_recipe_comes_first():
+    assert parse(["trainer.devices=8", "recipe=bert"]).overrides == ["recipe=bert", "trainer.devices=8"]
