@@ -23,6 +23,7 @@ import statistics
 import subprocess
 import sys
 import time
+import warnings
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -41,6 +42,7 @@ from recipes.train import one_line, train
 
 ROOT = Path(__file__).resolve().parents[1]
 FIRST_TUNING_SEED = 1000
+GROWTHS = 2  # times that the grid of learning rates may grow
 PACKAGES = ("ds_lightning", "torch", "lightning", "torchmetrics", "timm", "transformers", "datasets", "numpy")
 
 
@@ -66,6 +68,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
 def _train_quietly(cfg: DictConfig) -> dict[str, float]:
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message="The number of training batches")  # an epoch has fewer than it is logged
     return train(cfg)
 
 
@@ -119,7 +122,7 @@ class Study:
     Args:
         folder: gets each run's logs and `runs.json` with the results so far. Runs that it holds are not repeated.
         overrides: what all runs share.
-        total: number of runs, to show how far it has come.
+        total: number of runs that are planned, to show how far it has come.
     """
 
     def __init__(self, folder: Path, overrides: list[str], total: int) -> None:
@@ -193,24 +196,40 @@ def interval(differences: list[float], confidence: float = 0.95) -> tuple[float,
     return mean - half, mean + half
 
 
+def tune(args: argparse.Namespace, study: Study, metric: str, lrs: list[float]) -> dict[str, dict[float, float]]:
+    """The validation metric of every arm at every learning rate, as means over the tuning seeds.
+
+    A grid of our own grows, for all arms alike, while some arm is best at its edge. One that the user gave stays.
+    """
+    tuned: dict[str, dict[float, float]] = {arm.name: {} for arm in args.arms}
+    new = list(lrs)
+    growths = 0 if args.lrs else GROWTHS
+    while new:
+        for lr in new:
+            for arm in args.arms:
+                tuned[arm.name][lr] = statistics.mean(
+                    study.train(arm, lr, seed, args.monitor_every, f"val/{metric}").results[f"val/{metric}"]
+                    for seed in range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + args.tuning_seeds)
+                )
+        best = {best_rate(values) for values in tuned.values()}
+        tried = tuned[args.arms[0].name]
+        new = [lr for lr, edge in ((min(tried) / 2, min(tried)), (2 * max(tried), max(tried))) if edge in best]
+        new, growths = (new, growths - 1) if growths else ([], 0)
+        study.total += len(new) * len(args.arms) * args.tuning_seeds
+    return {arm: dict(sorted(values.items())) for arm, values in tuned.items()}
+
+
+def best_rate(values: dict[float, float]) -> float:
+    """The learning rate of the highest metric; among equals the one nearest to the middle of the grid."""
+    middle = statistics.median(map(math.log, values))
+    return max(values, key=lambda lr: (values[lr], -abs(math.log(lr) - middle)))
+
+
 def compare(args: argparse.Namespace, study: Study, metric: str, lrs: list[float]) -> str:
     """Tunes every arm, compares them over seeds, writes the report and returns its text."""
-    tuned = {
-        arm.name: {
-            lr: statistics.mean(
-                study.train(arm, lr, FIRST_TUNING_SEED + i, args.monitor_every, f"val/{metric}").results[
-                    f"val/{metric}"
-                ]
-                for i in range(args.tuning_seeds)
-            )
-            for lr in lrs
-        }
-        for arm in (args.arms if len(lrs) > 1 else [])
-    }
-    best = {
-        arm.name: max(lrs, key=lambda lr: tuned[name][lr]) if (name := arm.name) in tuned else lrs[0]
-        for arm in args.arms
-    }
+    tuned = tune(args, study, metric, lrs) if len(lrs) > 1 else {}
+    best = {arm.name: lrs[0] for arm in args.arms}
+    best |= {name: best_rate(values) for name, values in tuned.items()}
     runs: dict[str, list[Run]] = {arm.name: [] for arm in args.arms}
     for seed in range(args.seeds):  # seed by seed, so that a machine's slow hours meet all arms
         for arm in args.arms:
@@ -298,7 +317,7 @@ def tuning_table(tuned: dict[str, dict[float, float]], best: dict[str, float], m
         lines.append(f"| {lr:g} | {' | '.join(cells)} |")
     edges = [arm for arm in tuned if best[arm] in (min(lrs), max(lrs))]
     if edges:
-        lines += ["", f"At the edge of the grid: {', '.join(edges)}. Another rate beyond it (--lrs) may be better."]
+        lines += ["", f"At the edge of the grid: {', '.join(edges)}. A rate beyond it may be better."]
     return [*lines, ""]
 
 
@@ -407,7 +426,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         nargs="+",
         type=float,
         metavar="LR",
-        help="the grid of learning rates; a single one is not tuned (default: 1/2, 1 and 2 times the recipe's)",
+        help="the grid of learning rates; a single one is not tuned (default: 1/2, 1 and 2 times the recipe's, and "
+        "beyond while an arm is best at the edge)",
     )
     parser.add_argument(
         "--tuning-seeds", type=int, default=2, help="seeds that a learning rate is tuned on (default: %(default)s)"

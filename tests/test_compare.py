@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from recipes.compare import Arm, Run, Study, bytes_per_step, interval, main, parse, table, tuning_table
+from recipes.compare import Arm, Run, Study, best_rate, bytes_per_step, interval, main, parse, table, tune, tuning_table
 from recipes.train import one_line
 from tests.test_configs import command
 
@@ -70,6 +70,12 @@ def test_a_rate_at_the_edge_of_the_grid_is_reported():
     assert "| 0.4 | 90.00 | 96.00 (taken) |" in lines
     assert [line for line in lines if line.startswith("At the edge of the grid: dssync.")]
     assert tuning_table({}, {"ddp": 0.2}, "accuracy", 2) == []
+
+
+def test_among_equal_rates_the_middle_one_is_taken():
+    assert best_rate({0.05: 0.9, 0.1: 0.9, 0.2: 0.8}) == 0.1
+    assert best_rate({0.05: 0.9, 0.1: 0.8, 0.2: 0.9}) in (0.05, 0.2)
+    assert best_rate({0.05: 0.7, 0.1: 0.8, 0.2: 0.9}) == 0.2
 
 
 def test_bytes_are_counted_or_computed_or_unknown():
@@ -184,3 +190,24 @@ def test_a_comparison_writes_its_report_and_the_same_command_continues_it(tmp_pa
 
 def test_the_recipe_comes_first():
     assert parse(["trainer.devices=8", "recipe=bert"]).overrides == ["recipe=bert", "trainer.devices=8"]
+
+
+def test_a_grid_of_our_own_grows_for_all_arms_while_one_is_best_at_its_edge():
+    class Fake:
+        def __init__(self) -> None:
+            self.total = 12
+            self.tried: list[tuple[str, float, int]] = []
+
+        def train(self, arm, lr, seed, monitor_every, shown):
+            self.tried.append((arm.name, lr, seed))
+            best = {"ddp": 0.1, "dssync": 0.4}[arm.name]
+            return Run({"val/accuracy": 1 - abs(math.log(lr / best)) + seed / 1e6}, Path("unused"))
+
+    study = Fake()
+    tuned = tune(parse(["recipe=wide_resnet"]), study, "accuracy", [0.05, 0.1, 0.2])
+    assert [list(values) for values in tuned.values()] == [[0.05, 0.1, 0.2, 0.4, 0.8]] * 2  # 0.8: 0.4 was an edge, too
+    assert {seed for *_, seed in study.tried} == {1000, 1001}
+    assert len(study.tried) == len(set(study.tried)) == study.total == 2 * 5 * 2
+    study = Fake()
+    given = tune(parse(["recipe=wide_resnet", "--lrs", "0.05", "0.1"]), study, "accuracy", [0.05, 0.1])
+    assert [list(values) for values in given.values()] == [[0.05, 0.1]] * 2
