@@ -95,7 +95,7 @@ def test_every_logger_composes_and_instantiates(logger, tmp_path):
         assert str(tmp_path) in instantiate(cfg.logger).log_dir
 
 
-@pytest.mark.parametrize("callbacks", ["default", "consensus"])
+@pytest.mark.parametrize("callbacks", sorted(path.stem for path in (CONF / "callbacks").glob("*.yaml")))
 def test_every_callback_instantiates(callbacks, tmp_path):
     cfg = digits(f"callbacks={callbacks}", f"output_dir='{tmp_path}'")
     assert all(instantiate(callback) for callback in cfg.callbacks.values())
