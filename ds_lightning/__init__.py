@@ -13,6 +13,7 @@ from ds_lightning.schedule import ShuffleSchedule as ShuffleSchedule
 from ds_lightning.schedule import consensus_rate as consensus_rate
 from ds_lightning.schedule import mixing_matrix as mixing_matrix
 from ds_lightning.strategy import DSSyncStrategy as DSSyncStrategy
+from ds_lightning.swa import ExtendedSWA as ExtendedSWA
 from ds_lightning.synchronizer import DSSynchronizer as DSSynchronizer
 
 DSSyncStrategy.register_strategies(StrategyRegistry)

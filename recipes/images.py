@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import numpy as np
 import torch
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
+from timm.data import create_transform
+from timm.data.auto_augment import rand_augment_transform
 from torch.utils.data import Subset, TensorDataset
 from torchvision import transforms
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
@@ -25,6 +28,31 @@ CIFAR_STATISTICS = {
 IMAGENET_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
+def rand_augment(augmentation: str, size: int, mean: tuple[float, ...]) -> list[Callable[[Any], Any]]:
+    """What is done to a training image beside cropping and flipping it, at most one transform.
+
+    Args:
+        augmentation: `standard` does nothing more; else a RandAugment in timm's notation, `rand-m9-mstd0.5-inc1`.
+        size: side of the image, which a shift is a share of.
+        mean: colour that fills the border, in units of one.
+
+    Raises:
+        ValueError: If `augmentation` is neither.
+    """
+    if augmentation == "standard":
+        return []
+    try:
+        if not re.fullmatch(r"rand(-[a-z]+\d+(\.\d+)?)+", augmentation):
+            raise ValueError
+        fill = tuple(min(255, round(255 * m)) for m in mean)
+        return [rand_augment_transform(augmentation, {"translate_const": int(0.45 * size), "img_mean": fill})]
+    except (AssertionError, ValueError):
+        raise ValueError(
+            f"data.augmentation is {augmentation!r}, but must be standard or a RandAugment of timm. "
+            "HINT: rand-m9-mstd0.5-inc1"
+        ) from None
+
+
 class Digits(RecipeData):
     """scikit-learn's 1,797 real 8x8 images of handwritten digits; they ship with the package, nothing is downloaded.
 
@@ -37,6 +65,8 @@ class Digits(RecipeData):
         partition: which training images a worker sees; see :class:`RecipeData`.
         split_seed: which images fall into which split, and of the partition.
     """
+
+    num_classes = 10
 
     @override
     def setup(self, stage: str | None = None) -> None:
@@ -59,7 +89,7 @@ class Digits(RecipeData):
 
 
 class Cifar(RecipeData):
-    """CIFAR-10 or CIFAR-100 with the usual augmentation: pad by 4, crop 32x32, flip.
+    """CIFAR-10 or CIFAR-100 with the usual augmentation (pad by 4, crop 32x32, flip), or a RandAugment after it.
 
     Args:
         root: folder of torchvision's data set (`cifar-10-batches-py` or `cifar-100-python` lies in it).
@@ -69,6 +99,7 @@ class Cifar(RecipeData):
         num_workers: loader processes per rank.
         val_size: training images held out for validation, drawn with `split_seed`. 0, as in the paper's runs, trains
             on all of them and validates on the test images: read such a validation curve, choose nothing by it.
+        augmentation: of training images; see :func:`rand_augment`.
         partition: which training images a worker sees; see :class:`RecipeData`.
         split_seed: which images are held out, and of the partition.
     """
@@ -81,12 +112,15 @@ class Cifar(RecipeData):
         batch_size: int = 128,
         num_workers: int = 4,
         val_size: int = 0,
+        augmentation: str = "standard",
         partition: str = "iid",
         split_seed: int = 0,
     ) -> None:
         super().__init__(batch_size, num_workers, partition, split_seed)
         if num_classes not in CIFAR_STATISTICS:
             raise ValueError(f"data.num_classes is {num_classes}, but CIFAR has 10 or 100 classes")
+        mean, _ = CIFAR_STATISTICS[num_classes]
+        self.more = rand_augment(augmentation, 32, mean)
         self.root = root
         self.num_classes = num_classes
         self.download = download
@@ -102,7 +136,7 @@ class Cifar(RecipeData):
         to_tensor = [transforms.ToTensor(), transforms.Normalize(*CIFAR_STATISTICS[self.num_classes])]
         plain = transforms.Compose(to_tensor)
         augmented = transforms.Compose(
-            [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(), *to_tensor]
+            [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(), *self.more, *to_tensor]
         )
         train_set = self._dataset(train=True, transform=augmented)
         self.train_set, self.labels = train_set, np.array(train_set.targets)
@@ -129,11 +163,15 @@ class Cifar(RecipeData):
 class ImageNet(RecipeData):
     """An image folder with `train/<class>/*` and `val/<class>/*`, such as ImageNet's; `val` also serves as test split.
 
+    Views are timm's: a random crop and flip in training, the central 7/8 of the image (224 of 256) in evaluation.
+
     Args:
         root: the folder that holds `train` and `val`.
         batch_size: training samples per rank and step.
         num_workers: loader processes per rank.
         image_size: side of the square the network sees.
+        interpolation: how images are resized: bilinear, bicubic or random (in training).
+        augmentation: of training images; see :func:`rand_augment`.
         partition: which training images a worker sees; see :class:`RecipeData`.
         split_seed: of the partition.
     """
@@ -144,37 +182,51 @@ class ImageNet(RecipeData):
         batch_size: int = 30,
         num_workers: int = 8,
         image_size: int = 224,
+        interpolation: str = "bilinear",
+        augmentation: str = "standard",
         partition: str = "iid",
         split_seed: int = 0,
     ) -> None:
         super().__init__(batch_size, num_workers, partition, split_seed)
+        if interpolation not in ("bilinear", "bicubic", "random"):
+            raise ValueError(f"data.interpolation is {interpolation!r}, but must be bilinear, bicubic or random")
+        mean, std = IMAGENET_STATISTICS
+        rand_augment(augmentation, image_size, mean)  # says what is wrong with it
         self.root = Path(root)
-        self.image_size = image_size
+        views: dict[str, Any] = {"mean": mean, "std": std}
+        self.train_view = create_transform(
+            image_size,
+            is_training=True,
+            color_jitter=None,
+            auto_augment=None if augmentation == "standard" else augmentation,
+            interpolation=interpolation,
+            **views,
+        )
+        fixed = "bilinear" if interpolation == "random" else interpolation
+        self.test_view = create_transform(image_size, crop_pct=0.875, interpolation=fixed, **views)
 
     @override
     def setup(self, stage: str | None = None) -> None:
-        for folder in (self.root / "train", self.root / "val"):
-            if not folder.is_dir():
-                raise FileNotFoundError(
-                    f"no folder {folder.resolve()}. HINT: point data.root at a folder that holds train/ and val/, "
-                    "each with one folder of images per class."
-                )
-        to_tensor = [transforms.ToTensor(), transforms.Normalize(*IMAGENET_STATISTICS)]
-        train_set = ImageFolder(
-            self.root / "train",
-            transforms.Compose(
-                [transforms.RandomResizedCrop(self.image_size), transforms.RandomHorizontalFlip(), *to_tensor]
-            ),
-        )
+        train_set, test_set = self._folder("train", self.train_view), self._folder("val", self.test_view)
+        if train_set.classes != test_set.classes:
+            only = sorted(set(train_set.classes) ^ set(test_set.classes))
+            raise ValueError(
+                f"{self.root.resolve()} has {len(only)} classes in one of train/ and val/ only, the first is "
+                f"{only[0]!r}. HINT: both must hold a folder of each class."
+            )
         self.train_set, self.labels = train_set, np.array(train_set.targets)
-        # The customary evaluation view: the central 7/8 of the image (224 of 256).
-        self.val_set = self.test_set = ImageFolder(
-            self.root / "val",
-            transforms.Compose(
-                [
-                    transforms.Resize(self.image_size * 8 // 7),
-                    transforms.CenterCrop(self.image_size),
-                    *to_tensor,
-                ]
-            ),
+        self.val_set = self.test_set = test_set
+        self.num_classes = len(train_set.classes)
+
+    def _folder(self, name: str, view: Callable[[Any], Any]) -> Any:
+        folder = (self.root / name).resolve()
+        problem = f"no folder {folder}"
+        if folder.is_dir():
+            try:
+                return ImageFolder(folder, view)
+            except FileNotFoundError:  # torchvision's own message lists all file endings
+                problem = f"a folder without classes, or a class without images, in {folder}"
+        raise FileNotFoundError(
+            f"{problem}. HINT: point data.root at a folder that holds train/ and val/, each with one folder of images "
+            "per class."
         )

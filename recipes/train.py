@@ -10,6 +10,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
+from typing import cast
 
 import hydra
 import torch
@@ -18,6 +19,7 @@ from hydra.utils import instantiate
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ProgressBar
 from omegaconf import DictConfig
+from torch import nn
 from torch.multiprocessing.spawn import ProcessRaisedException
 
 import ds_lightning  # noqa: F401  (registers the strategy names)
@@ -45,6 +47,8 @@ def train(cfg: DictConfig) -> dict[str, float]:
     seed_everything(cfg.seed, workers=True, verbose=False)
     data: LightningDataModule = instantiate(cfg.data)
     model: LightningModule = instantiate(cfg.model)
+    if cfg.compile:
+        cast(nn.Module, model.net).compile()  # in place: the names in a checkpoint stay
     callbacks: list[Callback] = [
         instantiate(callback) for callback in (cfg.get("callbacks") or {}).values() if callback
     ]

@@ -6,6 +6,7 @@ import importlib.util
 import inspect
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -75,6 +76,38 @@ def test_recipes_are_the_papers_runs():
     assert (imagenet.model.net.name, imagenet.model.net.num_classes) == ("wide_resnet50_2", 1000)
 
 
+def test_modern_training_replaces_the_schedule():
+    for data in DATA:
+        cfg = (digits if data == "digits" else composed)(f"data={data}", "+training=modern")
+        assert set(cfg.model.scheduler) == {"_target_", "_partial_", "warmup"}
+        assert (cfg.model.label_smoothing, cfg.model.optimizer.nesterov) == (0.1, True)
+        assert cfg.data.get("augmentation", "none") == ("none" if data == "digits" else "rand-m9-mstd0.5-inc1")
+        assert isinstance(instantiate(cfg.data), LightningDataModule)
+        assert type(instantiate(cfg.callbacks.ema)).__name__ == "EMAWeightAveraging"
+    assert composed("data=cifar10").data.augmentation == "standard"
+    assert composed("data=cifar10", "+training=modern", "data.augmentation=standard").data.augmentation == "standard"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("+training=modern", "model.net.norm=group", "model.channels_last=true", "trainer.precision=bf16-mixed"),
+        ("callbacks=swa", "callbacks.swa.start=1"),
+        ("compile=true", "trainer.limit_val_batches=0", "trainer.limit_test_batches=0", "callbacks.checkpoint=null"),
+    ],
+    ids=["modern", "swa", "compile"],
+)
+def test_application_trains_with(overrides, tmp_path):
+    if "compile=true" in overrides and shutil.which("g++") is None:
+        pytest.skip("torch.compile needs a C++ compiler")
+    done = command("-m", "recipes.train", "recipe=wide_resnet", "trainer=smoke", *overrides, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (run,) = (tmp_path / "outputs" / "wide_resnet").iterdir()
+    assert json.loads((run / "results.json").read_text())["train/loss"] > 0
+
+
 @pytest.mark.parametrize("trainer", sorted(path.stem for path in (CONF / "trainer").glob("*.yaml")))
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_every_trainer_and_strategy_instantiate(strategy, trainer, tmp_path):
@@ -95,7 +128,7 @@ def test_every_logger_composes_and_instantiates(logger, tmp_path):
         assert str(tmp_path) in instantiate(cfg.logger).log_dir
 
 
-@pytest.mark.parametrize("callbacks", ["default", "consensus"])
+@pytest.mark.parametrize("callbacks", sorted(path.stem for path in (CONF / "callbacks").glob("*.yaml")))
 def test_every_callback_instantiates(callbacks, tmp_path):
     cfg = digits(f"callbacks={callbacks}", f"output_dir='{tmp_path}'")
     assert all(instantiate(callback) for callback in cfg.callbacks.values())

@@ -261,20 +261,101 @@ def test_missing_data_say_where_they_were_looked_for(tmp_path):
         Cifar(str(tmp_path), 7)
 
 
-def test_imagenet_reads_a_folder_of_images(tmp_path):
+def image_folder(root: Path, train: tuple[str, ...] = ("cat", "dog"), val: tuple[str, ...] = ("cat", "dog")) -> None:
+    """Colour JPEGs as ImageNet names them, a grey one and a PNG."""
     rng = np.random.default_rng(0)
-    for split, count in (("train", 3), ("val", 2)):
-        for name in ("cat", "dog"):
-            (tmp_path / split / name).mkdir(parents=True)
+    for split, count, names in (("train", 3, train), ("val", 2, val)):
+        for name in names:
+            (root / split / name).mkdir(parents=True)
             for i in range(count):
                 pixels = rng.integers(0, 256, (40 + i, 50, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(tmp_path / split / name / f"{i}.png")
+                image = Image.fromarray(pixels[:, :, 0] if i == 1 else pixels)
+                image.save(root / split / name / (f"{i}.png" if i == 2 else f"n0_{i}.JPEG"))
+
+
+def test_imagenet_reads_a_folder_of_images(tmp_path):
+    image_folder(tmp_path)
     data = ImageNet(str(tmp_path), batch_size=2, num_workers=0, image_size=32)
     data.setup()
     images, _ = next(iter(data.train_dataloader()))
     assert images.shape == (2, 3, 32, 32)
     assert len(data.train_dataloader()) == 3
     assert sorted(label for _, labels in data.test_dataloader() for label in labels.tolist()) == [0, 0, 1, 1]
+
+
+def test_rand_augment_follows_the_usual_augmentation(tmp_path, monkeypatch):
+    fake_cifar(tmp_path, CIFAR10, 10, monkeypatch)
+    image_folder(tmp_path)
+    policy = "rand-m9-mstd0.5-inc1"
+    for data in (
+        Cifar(str(tmp_path), 10, batch_size=4, num_workers=0, augmentation=policy),
+        ImageNet(
+            str(tmp_path), batch_size=4, num_workers=0, image_size=32, interpolation="random", augmentation=policy
+        ),
+    ):
+        data.setup()
+        view = data.train_set.transform.transforms
+        assert [type(t).__name__ for t in view].index("RandAugment") == 2
+        assert next(iter(data.train_dataloader()))[0].shape == (4, 3, 32, 32)
+        assert "RandAugment" not in repr(data.test_set.transform)
+
+
+@pytest.mark.parametrize("bad", ["nonsense", "rand", "rand-mx", "rand-m9-foo1", "augmix-m3", "rand-m9-mstd0.5-", ""])
+def test_nonsense_is_no_augmentation(bad):
+    for make in (lambda **kwargs: Cifar("", 10, **kwargs), lambda **kwargs: ImageNet("", **kwargs)):
+        with pytest.raises(ValueError, match=r"data\.augmentation is '.*HINT: rand-m9-mstd0\.5-inc1$"):
+            make(augmentation=bad)
+    with pytest.raises(ValueError, match=r"data\.interpolation is 'linear'"):
+        ImageNet("", interpolation="linear")
+
+
+def test_broken_folders_and_files_say_what_is_wrong(tmp_path, monkeypatch):
+    (tmp_path / "empty" / "train").mkdir(parents=True)
+    image_folder(tmp_path / "hole")
+    (tmp_path / "hole" / "val" / "emu").mkdir()
+    for name in ("empty", "hole"):
+        with pytest.raises(FileNotFoundError, match=r"^a folder without classes, or a class without images, in .*HINT"):
+            ImageNet(str(tmp_path / name)).setup()
+    image_folder(tmp_path / "unlike", val=("cat", "emu"))
+    with pytest.raises(ValueError, match=r"has 2 classes in one of train/ and val/ only, the first is 'dog'\. HINT"):
+        ImageNet(str(tmp_path / "unlike")).setup()
+    fake_cifar(tmp_path, CIFAR10, 10, monkeypatch)
+    with open(tmp_path / "cifar-10-batches-py" / "data_batch_3", "ab") as file:
+        file.write(b"x")
+    with pytest.raises(FileNotFoundError, match=r"no complete CIFAR-10 in .*HINT"):
+        Cifar(str(tmp_path), 10).setup()
+
+
+def test_another_number_of_classes_is_refused(tmp_path):
+    image_folder(tmp_path)
+    data = ImageNet(str(tmp_path), batch_size=2, num_workers=0, image_size=32)
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    with pytest.raises(ValueError, match=r"the data have 2 classes, but model\.num_classes is 10\. HINT: add model"):
+        trainer.fit(small_classifier(), data)
+
+
+def test_classifier_options(monkeypatch):
+    torch.manual_seed(0)
+    images, labels = torch.randn(4, 1, 8, 8), torch.arange(4)
+    plain, last = small_classifier(), small_classifier(channels_last=True, label_smoothing=0.2)
+    last.load_state_dict(plain.state_dict())
+    assert torch.allclose(plain(images), last(images), atol=1e-5)
+    kernel = last.net.stages[0].blocks[0].conv1.weight
+    assert kernel.is_contiguous(memory_format=torch.channels_last)
+    monkeypatch.setattr(last, "log", lambda *args, **kwargs: None)
+    want = nn.functional.cross_entropy(last(images), labels, label_smoothing=0.2)
+    assert torch.allclose(last.training_step((images, labels), 0), want)
+    with pytest.raises(ValueError, match="label_smoothing is 1"):
+        small_classifier(label_smoothing=1)
+
+
+def test_group_norm_looks_at_one_image():
+    net = wide_resnet(10, 1, in_channels=1, norm="group")
+    images = torch.randn(4, 1, 8, 8)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in net.modules())
+    assert torch.allclose(net(images)[:1], net(images[:1]), atol=1e-5)
+    with pytest.raises(ValueError, match=r"norm is 'layer', but must be batch or group\. HINT"):
+        wide_resnet(10, norm="layer")
 
 
 @pytest.mark.parametrize(
