@@ -37,7 +37,9 @@ def pretrained(name: str = "bert-large-uncased-whole-word-masking") -> nn.Module
     return module
 
 
-def tiny(vocab_size: int, hidden_size: int = 64, layers: int = 2, heads: int = 4, max_length: int = 128) -> nn.Module:
+def tiny(
+    vocab_size: int, hidden_size: int = 64, layers: int = 2, heads: int = 4, max_length: int = 128, dropout: float = 0.1
+) -> nn.Module:
     """A small BERT with fresh weights, which a laptop trains in a minute."""
     from transformers import BertConfig, BertForQuestionAnswering
 
@@ -52,8 +54,8 @@ def tiny(vocab_size: int, hidden_size: int = 64, layers: int = 2, heads: int = 4
         num_attention_heads=heads,
         intermediate_size=4 * hidden_size,
         max_position_embeddings=max_length,
-        hidden_dropout_prob=0.0,  # so short a training does not overfit
-        attention_probs_dropout_prob=0.0,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
     )
     net: nn.Module = BertForQuestionAnswering(config)
     # Positions start as sinusoids of the usual size, so that neighbours are alike and the next token is learnt sooner.

@@ -69,10 +69,6 @@ KINDS: tuple[tuple[tuple[str, ...], str], ...] = (
         ("What is the first argument of {name}?", "Which argument of {name} comes first?"),
         r"\A\w+\((?P<answer>\w+),[^\n]*\n",
     ),
-    (
-        ("What is the last argument of {name}?", "Which argument of {name} comes last?"),
-        r"\A\w+\([^\n]*, (?P<answer>[*]*\w+)[^\n,]*\)\n",
-    ),
 )
 DEFAULT = (
     "What is the default value of {argument}?",
