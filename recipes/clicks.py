@@ -26,6 +26,9 @@ from recipes.deepfm import Batch, Fields
 
 Rows = np.ndarray[Any, Any]
 
+# Of the small synthetic data: nothing is planted in rarer categories, and a network soon learns them by heart.
+THRESHOLD = 100
+
 
 def row_type(fields: Fields) -> np.dtype[Any]:
     """One row as it lies in memory or in a file, so that a batch is one gather."""
@@ -238,7 +241,7 @@ class SyntheticCriteo(Criteo):
             if not (folder / "bayes.json").exists():
                 text = folder / "rows.txt"
                 bayes = synthesize(text, rows, split_seed)
-                prepare([text], folder / "prepared", hash_buckets=hash_buckets, seed=split_seed)
+                prepare([text], folder / "prepared", 1, THRESHOLD, hash_buckets, split_seed)
                 text.unlink()
                 (folder / "bayes.json").write_text(json.dumps(bayes) + "\n")
         super().__init__(str(folder / "prepared"), batch_size, num_workers, partition, split_seed)

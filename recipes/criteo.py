@@ -62,7 +62,7 @@ class Options(NamedTuple):
     threshold: int = 10
     hash_buckets: int | None = None
     seed: int = 0
-    rows_per_shard: int = 200_000
+    rows_per_shard: int = 100_000
 
 
 def prepare(
@@ -72,7 +72,7 @@ def prepare(
     threshold: int = 10,
     hash_buckets: int | None = None,
     seed: int = 0,
-    rows_per_shard: int = 200_000,
+    rows_per_shard: int = 100_000,
 ) -> dict[str, Any]:
     """Writes `files`, which count as one, to the folder `out`.
 
@@ -323,7 +323,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
     preparing.add_argument("--threshold", type=int, default=10, help="training rows a category must have (default 10)")
     preparing.add_argument("--hash-buckets", type=int, help="hash the categories of a field into so many instead")
     preparing.add_argument("--seed", type=int, default=0, help="of the split (default 0)")
-    preparing.add_argument("--rows-per-shard", type=int, default=200_000, help="rows per task (default 200000)")
+    preparing.add_argument("--rows-per-shard", type=int, default=100_000, help="rows per task (default 100000)")
     synthesizing = commands.add_parser("synthesize", help="write rows of a planted model in Criteo's format")
     synthesizing.add_argument("out", type=Path, help="text file to write")
     synthesizing.add_argument("--rows", type=int, default=5_000_000, help="default 5000000")

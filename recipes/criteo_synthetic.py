@@ -26,8 +26,8 @@ ROWS = 50_000  # at a time
 DRAWS = 1 + 2 * len(NUMBERS) + 2 * len(CATEGORIES)  # of a row
 # Fields of a few and of up to 100,000 categories.
 VOCABULARY = np.geomspace(4, 100_000, len(CATEGORIES)).astype(int)
-OWN = 100  # most frequent categories of a field with a weight of their own
-PAIRS = [(i, i + 5) for i in range(0, 20, 2)]
+OWN = 20  # most frequent categories of a field with a weight of their own
+PAIRS = [(i, i + 3) for i in range(6)]
 LENGTH = 4  # of the vectors
 MISSING = np.linspace(0, 0.4, len(CATEGORIES))[::-1]  # shares of missing values, small fields more often
 BINS = 200_000  # of logits between -20 and 20, for the AUC
@@ -43,8 +43,8 @@ class Planted:
     def __init__(self, seed: int) -> None:
         rng = np.random.default_rng([seed, 1])
         fields = len(CATEGORIES)
-        self.weights = rng.normal(0, 0.22, (fields, OWN + 1))
-        self.vectors = rng.normal(0, 0.38, (fields, OWN + 1, LENGTH))
+        self.weights = rng.normal(0, 0.25, (fields, OWN + 1))
+        self.vectors = rng.normal(0, 0.4, (fields, OWN + 1, LENGTH))
         self.slopes = rng.normal(0, 0.1, len(NUMBERS))
         self.scales = rng.uniform(0.5, 2.5, len(NUMBERS))  # of the numbers' logarithms
 
@@ -68,7 +68,7 @@ class Planted:
         gone = absent < MISSING
         drawn[gone], own[gone] = -1, OWN  # a missing one is as a rare one
         fields = np.arange(len(CATEGORIES))
-        logits = -1.3 + self.weights[fields, own].sum(1) + centred @ self.slopes
+        logits = -1.3 + self.weights[fields, own].sum(1) + (centred * self.slopes).sum(1)
         for left, right in PAIRS:
             logits += (self.vectors[left, own[:, left]] * self.vectors[right, own[:, right]]).sum(1)
         return (label[:, 0] < 1 / (1 + np.exp(-logits))).astype(np.int8), numbers, drawn, logits
