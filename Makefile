@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo parity wires benchmark lint types check test clean
+.PHONY: install demo parity benchmark lint types check test clean
 
 install: $(STAMP)
 
@@ -17,11 +17,15 @@ $(STAMP): pyproject.toml .ci/constraints.txt
 demo: install
 	$(RUN) -m recipes.demo
 
+# DS-Sync beside DDP for every recipe, on 4 workers and on 8 that take half the batch each: over an hour.
+COMPARE := $(RUN) -m recipes.compare
 parity: install
-	$(RUN) -m recipes.demo --parity
-
-wires: install
-	$(RUN) -m recipes.demo --wires
+	$(COMPARE) recipe=wide_resnet
+	$(COMPARE) recipe=wide_resnet trainer.devices=8 data.batch_size=8 --seeds 3
+	$(COMPARE) recipe=bert --tuning-seeds 1
+	$(COMPARE) recipe=bert trainer.devices=8 data.batch_size=8 --seeds 3 --tuning-seeds 1
+	$(COMPARE) recipe=deepfm
+	$(COMPARE) recipe=deepfm trainer.devices=8 data.batch_size=64 --seeds 3
 
 # Needs root, Linux, ip and tc; under 10 minutes.
 benchmark: install
