@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -92,7 +91,7 @@ def test_chunks_have_equal_numbers_of_rows_whatever_is_read_at_a_time(block, tex
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_killed_preparation_continues(processes, text, prepared, tmp_path):
-    """Killed three times, each time when two more files have been renamed into place, or half a second has passed."""
+    """Killed three times, each time when two more files are there, complete or not."""
     command = [sys.executable, "-m", "recipes.criteo", "prepare", str(text), str(tmp_path / "out")]
     command += ["--rows-per-shard", str(SHARD), "--processes", str(processes)]
     kept = []
@@ -324,7 +323,7 @@ def test_synthetic_data_are_made_once(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_memory_does_not_grow_with_the_rows(tmp_path):
-    """Six times the rows must not take twice the memory of one shard's."""
+    """Six shards take about what one takes."""
     code = "import resource, sys; from recipes.criteo import main; main(sys.argv[1:]); print(peak())"
     code = f"def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n{code}"
     peaks = []
@@ -336,6 +335,4 @@ def test_memory_does_not_grow_with_the_rows(tmp_path):
             [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, check=True
         )
         peaks.append(int(done.stdout.split()[-1]))
-    idle = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    assert idle > 0
     assert peaks[1] < peaks[0] + 120_000  # KiB; 300,000 rows of text alone are 67,000
