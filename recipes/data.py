@@ -79,21 +79,23 @@ def shards(labels: np.ndarray[Any, Any], world_size: int, partition: str, seed: 
     if alpha is None:
         by_label = shuffled[np.argsort(classes, kind="stable")]
         return [np.sort(by_label[rank * size : (rank + 1) * size]) for rank in range(world_size)]
-    pools = [list(shuffled[classes == label]) for label in range(classes.max() + 1)]
+    pools = [shuffled[classes == label] for label in range(classes.max() + 1)]
+    used = np.zeros(len(pools), dtype=int)
     result = []
     for _ in range(world_size):
         shares = rng.dirichlet([alpha] * len(pools))
-        mine: list[int] = []
-        while len(mine) < size:
-            left = np.array([len(pool) for pool in pools])
+        mine: list[np.ndarray[Any, Any]] = []
+        needed = size
+        while needed:
+            left = np.array([len(pool) for pool in pools]) - used
             wanted = np.where(left > 0, shares, 0.0)
             if wanted.sum() < 1e-9:  # all that this worker was to hold is used up
                 wanted = left.astype(float)
-            for pool, count in zip(pools, rng.multinomial(size - len(mine), wanted / wanted.sum()), strict=True):
-                taken = min(int(count), len(pool))
-                mine += pool[:taken]
-                del pool[:taken]
-        result.append(np.sort(np.array(mine)))
+            taken = np.minimum(rng.multinomial(needed, wanted / wanted.sum()), left)
+            mine += [pool[a : a + n] for pool, a, n in zip(pools, used, taken, strict=True)]
+            used += taken
+            needed -= int(taken.sum())
+        result.append(np.sort(np.concatenate(mine)))
     return result
 
 
@@ -141,9 +143,8 @@ class RecipeData(LightningDataModule):
             return DataLoader(self.train_set, shuffle=True, **loading)
         if self.world_size == 1:
             warnings.warn(f"data.partition={self.partition} has no effect on a single worker", stacklevel=2)
-        mine = Subset(
-            self.train_set, shards(self.labels, self.world_size, self.partition, self.split_seed)[self.rank].tolist()
-        )
+        indices: Any = shards(self.labels, self.world_size, self.partition, self.split_seed)[self.rank]
+        mine = Subset(self.train_set, indices)  # an array: a list of Criteo's rows would take gigabytes
         # Lightning keeps a sampler that is distributed already; its own would mix the shards again.
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) + self.rank
         return DataLoader(mine, sampler=DistributedSampler(mine, num_replicas=1, rank=0, seed=seed), **loading)
