@@ -440,7 +440,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="steps between measurements of the consensus distance (default: %(default)s)",
     )
     parser.add_argument(
-        "--output", type=Path, metavar="FOLDER", help="folder of the report (default: a name from the command)"
+        "--output",
+        type=Path,
+        metavar="FOLDER",
+        help="folder of the report (default: a name for these overrides and arms)",
     )
     args = parser.parse_intermixed_args(argv)
     names = [arm.name for arm in args.arms]
@@ -469,7 +472,8 @@ def main(argv: list[str] | None = None) -> None:
     metric, lr = configs[0].metric, configs[0].model.optimizer.lr
     lrs = sorted(args.lrs or (lr / 2, lr, 2 * lr))
     if args.output is None:
-        digest = hashlib.sha256(command(args).encode()).hexdigest()[:8]
+        # Not of seeds and rates: more of them continue with the runs that are there.
+        digest = hashlib.sha256(json.dumps([args.overrides, args.arms]).encode()).hexdigest()[:8]
         args.output = Path("outputs") / "compare" / f"{args.overrides[0].removeprefix('recipe=')}-{digest}"
     total = len(args.arms) * (args.seeds + (len(lrs) * args.tuning_seeds if len(lrs) > 1 else 0))
     study = Study(args.output, args.overrides, total)
