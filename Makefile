@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo parity benchmark lint types check test clean
+.PHONY: install demo parity wires non-iid benchmark lint types check test clean
 
 install: $(STAMP)
 
@@ -28,6 +28,14 @@ parity: install
 	$(COMPARE) recipe=deepfm data.split_seed=1 trainer.devices=8 data.batch_size=64 --seeds 3
 	$(COMPARE) recipe=bert $(ADAM) --tuning-seeds 1
 	$(COMPARE) recipe=bert trainer.devices=8 data.batch_size=8 $(ADAM) --tuning-seeds 1 --seeds 3
+
+# DS-Sync's wire dtypes beside each other. A validation makes replicas equal: one at the end alone forgives a wire's
+# rounding nothing.
+WIRES := --arms fp32=strategy=dssync bf16="strategy=dssync strategy.wire_dtype=bf16" \
+	int8="strategy=dssync strategy.wire_dtype=int8" --lrs 0.1
+wires: install
+	$(COMPARE) recipe=wide_resnet trainer.check_val_every_n_epoch=10 $(WIRES)
+	$(COMPARE) recipe=wide_resnet trainer.check_val_every_n_epoch=10 trainer.devices=8 data.batch_size=8 $(WIRES)
 
 # Needs root, Linux, ip and tc; under 10 minutes.
 benchmark: install
