@@ -20,14 +20,25 @@ demo: install
 # DS-Sync beside DDP for every recipe, on 4 workers and on 8 that take half the batch each: a few hours. The same
 # command goes on where an earlier one stopped.
 COMPARE := $(RUN) -m recipes.compare
-ADAM := --arms ddp dssync averaged="strategy=dssync strategy.average_optimizer_state=[exp_avg_sq]"
 parity: install
 	$(COMPARE) recipe=wide_resnet --seeds 20
 	$(COMPARE) recipe=wide_resnet trainer.devices=8 data.batch_size=8 --seeds 10
 	$(COMPARE) recipe=deepfm data.split_seed=1
 	$(COMPARE) recipe=deepfm data.split_seed=1 trainer.devices=8 data.batch_size=64 --seeds 3
-	$(COMPARE) recipe=bert $(ADAM) --tuning-seeds 1
-	$(COMPARE) recipe=bert trainer.devices=8 data.batch_size=8 $(ADAM) --tuning-seeds 1 --seeds 3
+	$(COMPARE) recipe=bert --tuning-seeds 1
+	$(COMPARE) recipe=bert trainer.devices=8 data.batch_size=8 --tuning-seeds 1 --seeds 3
+
+# Shards sorted by label: what helps, beside what does not.
+NON_IID := data.partition=by_label --seeds 3 --tuning-seeds 1 --arms ddp plain=strategy=dssync
+SGD := recommended="strategy=dssync strategy.average_gradients=true"
+ADAM := recommended="strategy=dssync strategy.average_gradients=true strategy.average_optimizer_state=[exp_avg_sq]"
+non-iid: install
+	$(COMPARE) recipe=wide_resnet model.net.norm=group $(NON_IID) $(SGD)
+	$(COMPARE) recipe=wide_resnet model.net.norm=group trainer.devices=8 data.batch_size=8 $(NON_IID) $(SGD)
+	$(COMPARE) recipe=deepfm data.split_seed=1 $(NON_IID) $(ADAM)
+	$(COMPARE) recipe=deepfm data.split_seed=1 trainer.devices=8 data.batch_size=64 $(NON_IID) $(ADAM)
+	$(COMPARE) recipe=bert $(NON_IID) $(ADAM)
+	$(COMPARE) recipe=bert trainer.devices=8 data.batch_size=8 $(NON_IID) $(ADAM)
 
 # DS-Sync's wire dtypes beside each other. A validation makes replicas equal: one at the end alone forgives a wire's
 # rounding nothing.
