@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo parity wires non-iid benchmark lint types check test clean
+.PHONY: install demo parity wires shards benchmark lint types check test clean
 
 install: $(STAMP)
 
@@ -32,7 +32,7 @@ parity: install
 NON_IID := data.partition=by_label --seeds 3 --tuning-seeds 1 --arms ddp plain=strategy=dssync
 SGD := recommended="strategy=dssync strategy.average_gradients=true"
 ADAM := recommended="strategy=dssync strategy.average_gradients=true strategy.average_optimizer_state=[exp_avg_sq]"
-non-iid: install
+shards: install
 	$(COMPARE) recipe=wide_resnet model.net.norm=group $(NON_IID) $(SGD)
 	$(COMPARE) recipe=wide_resnet model.net.norm=group trainer.devices=8 data.batch_size=8 $(NON_IID) $(SGD)
 	$(COMPARE) recipe=deepfm data.split_seed=1 $(NON_IID) $(ADAM)
