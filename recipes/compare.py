@@ -59,6 +59,11 @@ def configure(folder: Path, overrides: list[str]) -> DictConfig:
         return compose("config", [f"output_dir='{folder}'", *overrides])
 
 
+def digest(cfg: DictConfig) -> str:
+    """Tells one resolved configuration from another: a recipe may have changed since a run."""
+    return hashlib.sha256(OmegaConf.to_yaml(cfg, resolve=True).encode()).hexdigest()[:16]
+
+
 def run(cfg: DictConfig) -> dict[str, float]:
     """Trains in a process of its own, so that no memory, thread or process group outlives the run."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as pool:
@@ -120,7 +125,8 @@ class Study:
     """Runs that a report compares.
 
     Args:
-        folder: gets each run's logs and `runs.json` with the results so far. Runs that it holds are not repeated.
+        folder: gets each run's logs and `runs.json` with the results so far. Runs that it holds are not repeated,
+            unless the recipe's configuration has changed.
         overrides: what all runs share.
         total: number of runs that are planned, to show how far it has come.
     """
@@ -138,7 +144,8 @@ class Study:
         """Trains one seed of an arm unless that was done before, prints the metric `shown` and returns the run."""
         folder = self.folder / f"{arm.name}-lr{lr:g}-seed{seed}"
         key = [*self.overrides, *arm.overrides, f"model.optimizer.lr={lr}", f"seed={seed}"]
-        found = next((entry for entry in self.runs if entry["overrides"] == key), None)
+        config = digest(configure(Path("unused"), key))
+        found = next((entry for entry in self.runs if (entry["overrides"], entry["config"]) == (key, config)), None)
         if found is None:
             shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run left
             own = ["callbacks.progress=null", "callbacks.checkpoint=null", "logger=csv"]
@@ -151,8 +158,8 @@ class Study:
             results = run(cfg)
             results["bytes"] = bytes_per_step(cfg, results)
             found = {"overrides": key, "results": results, "folder": folder.name, "seconds": time.time() - start}
-            found["versions"] = versions()
-            self.runs.append(found)
+            found |= {"config": config, "versions": versions()}
+            self.runs = [entry for entry in self.runs if entry["overrides"] != key] + [found]
             replace(self.file, json.dumps(self.runs, indent=1) + "\n")
         self.done += 1
         value = 100 * found["results"][shown]
@@ -473,8 +480,8 @@ def main(argv: list[str] | None = None) -> None:
     lrs = sorted(args.lrs or (lr / 2, lr, 2 * lr))
     if args.output is None:
         # Not of seeds and rates: more of them continue with the runs that are there.
-        digest = hashlib.sha256(json.dumps([args.overrides, args.arms]).encode()).hexdigest()[:8]
-        args.output = Path("outputs") / "compare" / f"{args.overrides[0].removeprefix('recipe=')}-{digest}"
+        named = hashlib.sha256(json.dumps([args.overrides, args.arms]).encode()).hexdigest()[:8]
+        args.output = Path("outputs") / "compare" / f"{args.overrides[0].removeprefix('recipe=')}-{named}"
     total = len(args.arms) * (args.seeds + (len(lrs) * args.tuning_seeds if len(lrs) > 1 else 0))
     study = Study(args.output, args.overrides, total)
     print(f"{len(args.arms)} arms, {total} runs, in {study.folder}; the same command continues there")

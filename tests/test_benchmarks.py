@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -260,7 +261,9 @@ def test_the_command_line_prefixes_output_and_returns_the_first_failure():
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_takes_the_cluster_down(number):
-    process = cli("--", "sh", "-c", "echo up $$; sleep 60 & wait")
+    # A suite that a script runs in the background ignores SIGINT, and so would all that it starts.
+    default = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = cli("--", "sh", "-c", "echo up $$; sleep 60 & wait", preexec_fn=default)
     assert process.stdout is not None
     pids = [int(process.stdout.readline().split()[-1]) for _ in range(2)]
     assert namespaces_of(process.pid)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from recipes import compare
 from recipes.compare import Arm, Run, Study, best_rate, bytes_per_step, interval, main, parse, table, tune, tuning_table
 from recipes.train import one_line
 from tests.test_configs import command
@@ -151,6 +152,11 @@ def test_finished_runs_are_not_repeated(tmp_path, monkeypatch, capsys):
         ["ds_lightning.DSSyncStrategy", 0.3, 7, monitor],
     ]
     assert "[  2/2] dssync" in capsys.readouterr().out
+    trained.clear()
+    configured = compare.configure
+    monkeypatch.setattr(compare, "configure", lambda folder, key: configured(folder, [*key, "trainer.max_epochs=7"]))
+    study.train(Arm.parse("ddp"), 0.3, 7, 10, "val/accuracy")  # the recipe has changed
+    assert len(trained) == 1
     assert len(json.loads((tmp_path / "runs.json").read_text())) == 2
     assert not (tmp_path / "ddp-lr0.3-seed7").exists()
 
