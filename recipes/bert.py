@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics.text import SQuAD
 from typing_extensions import override
 
-from recipes.squad import QuestionData
+from recipes.squad import QuestionData, from_hub
 from recipes.task import Task
 
 Batch = dict[str, Any]
@@ -25,13 +25,7 @@ def pretrained(name: str = "bert-large-uncased-whole-word-masking") -> nn.Module
     """A pretrained model with a head that marks answers, from a hub name or a local folder."""
     from transformers import AutoModelForQuestionAnswering
 
-    try:
-        net = AutoModelForQuestionAnswering.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(
-            f"no model {name!r}: neither a local folder that holds one nor to be had from the hub. "
-            "HINT: without a network point model.net.name at the folder of a saved model and its tokenizer."
-        ) from error
+    net = from_hub("model", AutoModelForQuestionAnswering.from_pretrained, name)
     # Loaded for use: in evaluation mode, without dropout, and perhaps in half precision.
     module: nn.Module = net.float().train()
     return module

@@ -17,6 +17,7 @@ import math
 import multiprocessing
 import os
 import platform
+import re
 import shlex
 import shutil
 import statistics
@@ -186,11 +187,10 @@ def versions() -> dict[str, str]:
             found[package] = version(package)
         except PackageNotFoundError:
             continue
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    if git.returncode == 0:
-        found["commit"] = git.stdout.strip()
+    if shutil.which("git"):
+        describe = ["git", "describe", "--always", "--dirty"]
+        commit = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+        found |= {"commit": commit} if commit else {}
     return found
 
 
@@ -456,6 +456,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     names = [arm.name for arm in args.arms]
     if len(set(names)) < len(names) or len(names) < 2:
         parser.error(f"--arms is {' '.join(names)}, but must be at least two of different names")
+    if bad := [name for name in names if not re.fullmatch(r"[\w.+-]+", name)]:
+        parser.error(f"--arms has the name {bad[0]!r}, but folders are called by it. HINT: use letters and digits")
     for name in ("seeds", "tuning_seeds", "monitor_every"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}, but must be at least 1")

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,17 +30,22 @@ LONGEST_QUESTION = 64  # tokens; longer ones are cut, as in BERT's own SQuAD cod
 INVISIBLE = ("Mn", "Me", "Cf")  # categories of characters that belong to the one before: accents, selectors, joiners
 
 
+def from_hub(what: str, load: Callable[[str], Any], name: str) -> Any:
+    """What `load` finds under a hub name or in a local folder, or an error that says what to do."""
+    try:
+        return load(name)
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"no {what} {name!r}: neither a local folder that holds one nor to be had from the hub. "
+            "HINT: without a network point model.net.name at the folder of a saved model and its tokenizer."
+        ) from error
+
+
 def load_tokenizer(name: str) -> Any:
     """The tokenizer of a hub name or a local folder."""
     from transformers import AutoTokenizer
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(
-            f"no tokenizer {name!r}: neither a local folder that holds one nor to be had from the hub. "
-            "HINT: without a network point model.net.name at the folder of a saved model and its tokenizer."
-        ) from error
+    tokenizer = from_hub("tokenizer", AutoTokenizer.from_pretrained, name)
     if not tokenizer.is_fast:
         raise ValueError(f"the tokenizer {name!r} has no fast version, which knows where in a text its tokens are")
     return tokenizer

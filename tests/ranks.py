@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy
 
 # Arguments of a Trainer that writes and shows nothing.
 QUIET: dict[str, Any] = {
@@ -26,6 +28,16 @@ QUIET: dict[str, Any] = {
     "enable_progress_bar": False,
     "enable_model_summary": False,
 }
+
+
+def fit_and_test_on_two_ranks(data: Any, model: Any, **options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The metrics that a fit on two forked ranks under DDP validates with, and those of the test after it."""
+    torch.set_num_threads(1)
+    trainer = Trainer(accelerator="cpu", devices=2, strategy=DDPStrategy(start_method="fork"), **QUIET, **options)
+    trainer.fit(model, data)
+    validated = dict(trainer.callback_metrics)
+    trainer.test(model, data, verbose=False)
+    return validated, dict(trainer.callback_metrics)
 
 
 @dataclass

@@ -20,7 +20,6 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import DDPStrategy
 from omegaconf import OmegaConf
 from torchmetrics.text import SQuAD
 
@@ -28,6 +27,7 @@ from recipes.bert import QuestionAnswering, decode, pretrained, tiny
 from recipes.data import shards
 from recipes.docs import RULES, Docs, documentation, split, trivial_rules
 from recipes.squad import Squad, collate, evaluation_windows, load_tokenizer, train_tokenizer, training_windows
+from tests.ranks import QUIET, fit_and_test_on_two_ranks
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -354,23 +354,9 @@ def task(net: torch.nn.Module) -> QuestionAnswering:
 @pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_metrics_of_two_ranks_equal_those_of_one_process(saved, tmp_path, cache):
-    torch.set_num_threads(1)
     data, model = squad(saved, squad_file(tmp_path / "squad.json", "v2.0"), batch_size=3), task(pretrained(str(saved)))
-    options: dict[str, Any] = {
-        "accelerator": "cpu",
-        "default_root_dir": tmp_path,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "max_epochs": 2,
-    }
-    two = Trainer(devices=2, strategy=DDPStrategy(start_method="fork"), **options)
-    two.fit(model, data)
-    validated = dict(two.callback_metrics)
-    two.test(model, data, verbose=False)
-    tested = dict(two.callback_metrics)
-    one = Trainer(devices=1, **options)
+    validated, tested = fit_and_test_on_two_ranks(data, model, max_epochs=2, default_root_dir=tmp_path)
+    one = Trainer(accelerator="cpu", devices=1, default_root_dir=tmp_path, **QUIET)
     one.test(model, data, verbose=False)
     for name in ("f1", "exact_match"):
         expected = float(one.callback_metrics[f"test/{name}"])

@@ -96,6 +96,7 @@ def test_bytes_are_counted_or_computed_or_unknown():
         (["trainer.devices=2"], "no recipe is chosen"),
         (["recipe=wide_resnet", "--arms", "ddp"], "at least two"),
         (["recipe=wide_resnet", "--arms", "ddp", "ddp=strategy=dssync"], "of different names"),
+        (["recipe=wide_resnet", "--arms", "ddp", "a/b=strategy=dssync"], "name 'a/b', but folders are called by it"),
         (["recipe=wide_resnet", "--seeds", "0"], "--seeds is 0, but must be at least 1"),
         (["recipe=wide_resnet", "--seeds", "1001"], "seeds from 1000 on tune"),
         (["recipe=wide_resnet", "--tuning-seeds", "0"], "--tuning-seeds is 0"),

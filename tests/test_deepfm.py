@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,8 @@ from ds_lightning import DSSyncStrategy
 from recipes.clicks import Randhie, RowSet, SyntheticCriteo, row_type
 from recipes.data import RecipeData
 from recipes.deepfm import ClickTask, DeepFM, Fields, pairwise
+from tests.ranks import fit_and_test_on_two_ranks
+from tests.test_configs import command
 
 ROOT = Path(__file__).resolve().parents[1]
 FIELDS = Fields((3, 5, 2), 2, "test")
@@ -192,18 +192,7 @@ def task(fields: Fields = FIELDS, **kwargs: Any) -> ClickTask:
 @pytest.mark.timeout(60)
 def test_metrics_of_two_ranks_equal_those_of_one_process(tmp_path):
     data, model = Uneven(batch_size=4), task()
-    two = Trainer(
-        devices=2,
-        strategy=DDPStrategy(start_method="fork"),
-        max_epochs=1,
-        enable_checkpointing=False,
-        default_root_dir=tmp_path,
-        **OPTIONS,
-    )
-    two.fit(model, data)
-    validated = dict(two.callback_metrics)
-    two.test(model, data, verbose=False)
-    tested = dict(two.callback_metrics)
+    validated, tested = fit_and_test_on_two_ranks(data, model, max_epochs=1, default_root_dir=tmp_path)
     data.setup()
     model.eval()
     categories, numbers, labels = data.test_set.__getitems__(list(range(33)))
@@ -247,15 +236,7 @@ def test_the_bayes_auc_is_logged_beside_the_test(tmp_path):
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("strategy", ["ddp", "dssync"])
 def test_the_default_beats_chance(strategy, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "recipes.train", "recipe=deepfm", f"strategy={strategy}"],
-        cwd=tmp_path,
-        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=150,
-        check=False,
-    )
+    done = command("-m", "recipes.train", "recipe=deepfm", f"strategy={strategy}", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (auc,) = (float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("test/auc"))
     assert auc > 0.67

@@ -7,13 +7,11 @@ import pickle
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import DDPStrategy
 from PIL import Image
 from sklearn.datasets import load_digits
 from torch import nn
@@ -24,6 +22,7 @@ from recipes.data import RecipeData, even_batch_size, shards
 from recipes.images import Cifar, Digits, ImageNet
 from recipes.task import cosine_decay, linear_decay
 from recipes.wide_resnet import ImageClassifier, timm_model, wide_resnet
+from tests.ranks import fit_and_test_on_two_ranks
 
 
 def parameters(net: nn.Module) -> int:
@@ -176,23 +175,9 @@ def small_classifier(**kwargs) -> ImageClassifier:
 @pytest.mark.timeout(60)
 def test_metrics_of_two_ranks_equal_those_of_one_process(tmp_path):
     """Exact under DDP, in validation too, where DDP's forward broadcasts buffers on every rank or hangs."""
-    torch.set_num_threads(1)
     torch.manual_seed(0)
     data, model = Uneven(batch_size=4), small_classifier()
-    options: dict[str, Any] = {
-        "accelerator": "cpu",
-        "default_root_dir": tmp_path,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
-    two = Trainer(devices=2, strategy=DDPStrategy(start_method="fork"), max_epochs=1, **options)
-    two.fit(model, data)
-    validated = dict(two.callback_metrics)
-    two.test(model, data, verbose=False)
-    tested = dict(two.callback_metrics)
-
+    validated, tested = fit_and_test_on_two_ranks(data, model, max_epochs=1, default_root_dir=tmp_path)
     data.setup()
     model.eval()
     images, labels = data.test_set.tensors
