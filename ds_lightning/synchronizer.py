@@ -95,6 +95,7 @@ class DSSynchronizer:
             ``"int8"`` or the torch dtype. Buffers, gradients and optimizer states always travel as stored: rounding
             could turn a small variance negative.
         average_optimizer_state: Names of optimizer states that are averaged too, such as ``("exp_avg_sq",)``.
+        optimizer_state_every: In one period of the schedule out of so many; a second moment changes slowly.
         index: Which one it is of several optimizers of ``module``; the first (0) averages the float buffers, too.
         broadcast: Whether to check that all ranks have the same model, and to start from rank 0's.
 
@@ -111,6 +112,7 @@ class DSSynchronizer:
         sync_every: int = 1,
         wire_dtype: str | torch.dtype | None = None,
         average_optimizer_state: Sequence[str] = (),
+        optimizer_state_every: int = 1,
         index: int = 0,
         broadcast: bool = True,
     ) -> None:
@@ -119,6 +121,7 @@ class DSSynchronizer:
         self.sync_every = positive_int("sync_every", sync_every)
         self.wire_dtype = as_wire_dtype(wire_dtype)
         self.average_optimizer_state = check_state_names(average_optimizer_state)
+        self.optimizer_state_every = positive_int("optimizer_state_every", optimizer_state_every)
         if groups is None:
             groups = ScheduledGroups(make_schedule("auto", dist.get_world_size()))
         self.groups = groups
@@ -215,9 +218,10 @@ class DSSynchronizer:
         """What every update changes in its own way, and so is sent and applied in one step: states and touched rows."""
         if self.groups.at(self.round)[1] is None:
             return
-        for name in self.average_optimizer_state:
-            for _, same in _same_dtype(self._averaged()):
-                self._launch_state(name, same)
+        if self.round // self.groups.period % self.optimizer_state_every == 0:
+            for name in self.average_optimizer_state:
+                for _, same in _same_dtype(self._averaged()):
+                    self._launch_state(name, same)
         for rows in self._rows:
             self._launch(rows)
 
@@ -323,7 +327,7 @@ class DSSynchronizer:
         """Average the optimizer's state ``name`` over those members that have it (an unused parameter has none)."""
         states: list[Tensor | None] = [self.optimizer.state.get(p, {}).get(name) for p in parameters]
         # Before the first update there are no states; a GradScaler may skip the first few, and some never have any.
-        told = self.optimizer.state or self._synchronizations == 10
+        told = self.optimizer.state or self._synchronizations >= 10
         if told and not any(name in state for state in self.optimizer.state.values()):
             known = sorted({key for state in self.optimizer.state.values() for key in state})
             self._warn_once(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import pyarrow.parquet as pq
 import torch
 from sklearn.model_selection import GroupShuffleSplit
 from statsmodels.datasets import randhie
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import Dataset
 from typing_extensions import override
 
 from recipes.criteo import SPLITS, VERSION, metadata, prepare
@@ -58,19 +57,6 @@ class RowSet(Dataset[Batch]):
 def as_it_is(batch: Batch) -> Batch:
     """Collates what is a batch already."""
     return batch
-
-
-class Shuffle(DistributedSampler[Any]):
-    """A rank's rows in random order, in 4 bytes a row; the original makes a Python list, 40 bytes a row."""
-
-    @override
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        order = torch.randperm(len(self.dataset), generator=generator, dtype=torch.int32)  # type: ignore[arg-type]
-        mine = order[self.rank : self.total_size : self.num_replicas].clone()
-        del order
-        for part in mine.split(10_000):
-            yield from part.tolist()
 
 
 class Randhie(RecipeData):
@@ -147,8 +133,7 @@ class Criteo(RecipeData):
 
     Before the first run a split's Parquet files are copied into one file of rows, 160 bytes each (7.3 GB for Kaggle's
     45 million), which ranks map into memory: they share its pages, and the system may drop them at any time. The
-    shuffled order takes a rank 4 bytes a training row. Of `by_label` and `dirichlet` partitions torch's sampler
-    lists a worker's own shard in Python, 40 bytes a row.
+    shuffled order takes a rank 4 bytes a training row.
 
     Args:
         root: the folder that was prepared.
@@ -179,15 +164,6 @@ class Criteo(RecipeData):
             RowSet(np.load(self._path(split), mmap_mode="r")) for split in SPLITS
         )
         self.labels = self.train_set.rows["label"]
-
-    @override
-    def train_dataloader(self) -> DataLoader[Any]:
-        loader = super().train_dataloader()
-        if self.partition != "iid":
-            return loader
-        seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
-        sampler = Shuffle(self.train_set, self.world_size, self.rank, seed=seed, drop_last=True)
-        return DataLoader(self.train_set, self.batch_size, sampler=sampler, drop_last=True, **self._loading())
 
     def _path(self, split: str) -> Path:
         return self.root / f"{split}-{self.fields.fingerprint}.npy"

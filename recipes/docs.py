@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import sysconfig
 import warnings
 import zlib
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -93,19 +94,32 @@ def _questions(name: str, context: str) -> Iterator[tuple[str, str, int]]:
         yield _wording(DEFAULT, context, argument=match["argument"]), match["answer"], match.start("answer")
 
 
+def _files(root: Path) -> Iterator[Path]:
+    for folder, folders, files in os.walk(root):
+        folders[:] = [name for name in folders if name not in LEFT_OUT]
+        yield from (Path(folder, name) for name in files if name.endswith(".py"))
+
+
+def _statements(tree: ast.AST) -> Iterator[ast.AST]:
+    """All nodes that may be or hold a definition, in the order of `ast.walk`."""
+    todo = deque([tree])
+    while todo:
+        node = todo.popleft()
+        todo.extend(child for child in ast.iter_child_nodes(node) if not isinstance(child, ast.expr))
+        yield node
+
+
 def _contexts(root: Path) -> Iterator[tuple[str, str, str]]:
     """Module, name and what `help()` would show of every documented class and function: signature and docstring."""
-    for path in sorted(root.rglob("*.py")):
+    for path in sorted(_files(root)):
         relative = path.relative_to(root)
-        if LEFT_OUT.intersection(relative.parts):
-            continue
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of old escape sequences
                 tree = ast.parse(path.read_bytes())
         except (OSError, SyntaxError, ValueError, RecursionError):
             continue
-        for node in ast.walk(tree):
+        for node in _statements(tree):
             if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
                 continue
             docstring = ast.get_docstring(node)

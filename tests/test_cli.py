@@ -73,6 +73,7 @@ def arguments_of_the_process(monkeypatch):
         (["wire_dtype=null"], "wire_dtype", None),
         (["average_gradients=true"], "average_gradients", True),
         (['average_optimizer_state=["exp_avg_sq"]'], "average_optimizer_state", ("exp_avg_sq",)),
+        (["optimizer_state_every=8"], "optimizer_state_every", 8),
         (["seed=7"], "seed", 7),
         (["start_method=fork"], "_start_method", "fork"),
         (["process_group_backend=gloo"], "process_group_backend", "gloo"),

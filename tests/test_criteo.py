@@ -18,7 +18,7 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
-from recipes.clicks import Criteo, Shuffle, SyntheticCriteo
+from recipes.clicks import Criteo, SyntheticCriteo
 from recipes.criteo import FIRST, MISSING, RARE, SPLITS, main, prepare
 from recipes.criteo_synthetic import Planted, synthesize
 from recipes.criteo_text import CATEGORIES, NUMBERS, cut
@@ -258,16 +258,6 @@ def test_the_loader_reads_every_row_once(prepared):
     for path in prepared.glob("*.npy"):
         if path.name != "vocabulary.npy":
             path.unlink()
-
-
-def test_shuffled_shards_are_disjoint_and_change_with_the_epoch():
-    rows = range(103)
-    samplers = [Shuffle(rows, 4, rank, seed=3, drop_last=True) for rank in range(4)]
-    shards = [list(sampler) for sampler in samplers]
-    assert [len(shard) for shard in shards] == [len(sampler) for sampler in samplers] == [25] * 4
-    assert len({index for shard in shards for index in shard}) == 100
-    samplers[0].set_epoch(1)
-    assert list(samplers[0]) != shards[0]
 
 
 def test_folders_that_hold_no_prepared_rows_are_refused(prepared, tmp_path):

@@ -94,6 +94,8 @@ class Users:
         ({"average_optimizer_state": None}, "average_optimizer_state=None is not a sequence of names"),
         ({"average_optimizer_state": [1]}, r"average_optimizer_state=\[1\] is not a sequence of names"),
         ({"average_optimizer_state": ["exp_avg"]}, "averages 'exp_avg' without the second moment"),
+        ({"optimizer_state_every": 0}, "optimizer_state_every=0 is too small"),
+        ({"optimizer_state_every": "8"}, "optimizer_state_every='8' is not an int but a str"),
         (
             {"grop_size": 4},
             "grop_size=4 is no option of DSSyncStrategy or DDPStrategy. HINT: did you mean 'group_size'",
@@ -175,6 +177,11 @@ def test_average_gradients_with_lbfgs_is_refused():
         ({"wire_dtype": "bf16"}, {"wire_dtype": "fp16"}, "torch.bfloat16"),
         ({"average_gradients": True}, {}, "'average_gradients': True"),
         ({"average_optimizer_state": ["exp_avg_sq"]}, {}, "exp_avg_sq"),
+        (
+            {"average_optimizer_state": ["exp_avg_sq"], "optimizer_state_every": 8},
+            {"average_optimizer_state": ["exp_avg_sq"]},
+            "'optimizer_state_every': 8",
+        ),
         ({"group_size": 4}, {"group_size": 2}, "'group_size': 4"),
     ],
 )

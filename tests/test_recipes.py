@@ -15,10 +15,10 @@ from lightning.pytorch import Trainer
 from PIL import Image
 from sklearn.datasets import load_digits
 from torch import nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import DistributedSampler, TensorDataset
 from torchvision.datasets import CIFAR10, CIFAR100
 
-from recipes.data import RecipeData, even_batch_size, shards
+from recipes.data import RecipeData, Shuffle, even_batch_size, shards
 from recipes.images import Cifar, Digits, ImageNet
 from recipes.task import cosine_decay, linear_decay
 from recipes.wide_resnet import ImageClassifier, timm_model, wide_resnet
@@ -108,6 +108,21 @@ def test_shards_by_label_hold_few_labels_and_a_dirichlet_as_many_as_its_paramete
 def test_a_partition_that_does_not_exist_is_refused(partition):
     with pytest.raises(ValueError, match=r"data\.partition is .* but must be iid, by_label or dirichlet:ALPHA.*HINT"):
         Digits(16, partition=partition)
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_samples_are_dealt_out_in_the_order_of_torchs_sampler(epoch):
+    dataset = TensorDataset(torch.arange(103))
+    dealt = []
+    for rank in range(4):
+        ours = Shuffle(dataset, 4, rank, seed=3)
+        torchs = DistributedSampler(dataset, 4, rank, seed=3, drop_last=True)
+        for sampler in (ours, torchs):
+            sampler.set_epoch(epoch)
+        dealt += list(ours)
+        assert list(ours) == list(torchs)
+        assert len(ours) == 25
+    assert len(set(dealt)) == 100
 
 
 @pytest.mark.timeout(60)
