@@ -25,20 +25,26 @@ parity: install
 	$(COMPARE) recipe=wide_resnet trainer.devices=8 data.batch_size=8 --seeds 10
 	$(COMPARE) recipe=deepfm data.split_seed=1
 	$(COMPARE) recipe=deepfm data.split_seed=1 trainer.devices=8 data.batch_size=64 --seeds 3
-	$(COMPARE) recipe=bert --tuning-seeds 1
-	$(COMPARE) recipe=bert trainer.devices=8 data.batch_size=8 --tuning-seeds 1 --seeds 3
+	$(COMPARE) recipe=bert --arms ddp dssync_adam --lrs 0.003 0.006
+	$(COMPARE) recipe=bert trainer.devices=8 data.batch_size=8 --arms ddp dssync_adam --lrs 0.003 0.006 \
+		--tuning-seeds 1 --seeds 3
 
-# Shards sorted by label: what helps, beside what does not.
-NON_IID := data.partition=by_label --seeds 3 --tuning-seeds 1 --arms ddp plain=strategy=dssync
-SGD := recommended="strategy=dssync strategy.average_gradients=true"
-ADAM := recommended="strategy=dssync strategy.average_gradients=true strategy.average_optimizer_state=[exp_avg_sq]"
+# Shards sorted by label: what helps, beside what does not. Learning rates are those that `make parity` finds.
+NON_IID := data.partition=by_label --seeds 3 --arms
+IMAGES := model.net.norm=group $(NON_IID) ddp plain=strategy=dssync \
+	recommended="strategy=dssync strategy.average_gradients=true" --lrs 0.1
+CLICKS := data.split_seed=1 $(NON_IID) ddp="strategy=ddp model.optimizer.lr=0.001" \
+	plain="strategy=dssync model.optimizer.lr=0.002" \
+	recommended="strategy=dssync_adam strategy.average_gradients=true model.optimizer.lr=0.002"
+QUESTIONS := $(NON_IID) ddp="strategy=ddp model.optimizer.lr=0.003" plain="strategy=dssync model.optimizer.lr=0.006" \
+	recommended="strategy=dssync_adam strategy.average_gradients=true model.optimizer.lr=0.006"
 shards: install
-	$(COMPARE) recipe=wide_resnet model.net.norm=group $(NON_IID) $(SGD)
-	$(COMPARE) recipe=wide_resnet model.net.norm=group trainer.devices=8 data.batch_size=8 $(NON_IID) $(SGD)
-	$(COMPARE) recipe=deepfm data.split_seed=1 $(NON_IID) $(ADAM)
-	$(COMPARE) recipe=deepfm data.split_seed=1 trainer.devices=8 data.batch_size=64 $(NON_IID) $(ADAM)
-	$(COMPARE) recipe=bert $(NON_IID) $(ADAM)
-	$(COMPARE) recipe=bert trainer.devices=8 data.batch_size=8 $(NON_IID) $(ADAM)
+	$(COMPARE) recipe=wide_resnet $(IMAGES)
+	$(COMPARE) recipe=wide_resnet trainer.devices=8 data.batch_size=8 $(IMAGES)
+	$(COMPARE) recipe=deepfm $(CLICKS)
+	$(COMPARE) recipe=deepfm trainer.devices=8 data.batch_size=64 $(CLICKS)
+	$(COMPARE) recipe=bert $(QUESTIONS)
+	$(COMPARE) recipe=bert trainer.devices=8 data.batch_size=8 $(QUESTIONS)
 
 # DS-Sync's wire dtypes beside each other. A validation makes replicas equal: one at the end alone forgives a wire's
 # rounding nothing.

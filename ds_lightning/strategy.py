@@ -109,10 +109,6 @@ class DSSyncStrategy(DDPStrategy):
         self.average_gradients = check_bool("average_gradients", average_gradients)
         self.average_optimizer_state = check_state_names(average_optimizer_state)
         self.optimizer_state_every = positive_int("optimizer_state_every", optimizer_state_every)
-        if self.optimizer_state_every > 1 and not self.average_optimizer_state:
-            rank_zero_warn(
-                f"dssync: optimizer_state_every={optimizer_state_every} has no effect without average_optimizer_state."
-            )
         self.seed = as_int("seed", seed)
         self.synchronizers: list[DSSynchronizer] = []
         self._schedule: Schedule | None = None  # the one in use, once the world size is known
@@ -153,6 +149,11 @@ class DSSyncStrategy(DDPStrategy):
         if self._groups is None:
             self._groups = ScheduledGroups(self._schedule, self._timeout)
             rank_zero_info(f"dssync: {_describe(self._schedule, self._groups.period)}.")
+        if self.optimizer_state_every > 1 and not self.average_optimizer_state:
+            rank_zero_warn(
+                f"dssync: optimizer_state_every={self.optimizer_state_every} has no effect: there is no"
+                " average_optimizer_state."
+            )
         if any(isinstance(m, SyncBatchNorm) for m in module.modules()):
             rank_zero_warn(
                 "dssync: SyncBatchNorm exchanges statistics among all ranks in every forward pass. Training is correct"

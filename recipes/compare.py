@@ -114,6 +114,12 @@ class Arm(NamedTuple):
         name, _, overrides = text.partition("=")
         return cls(name, shlex.split(overrides) or [f"strategy={name}"])
 
+    @property
+    def lr(self) -> float | None:
+        """The learning rate that the overrides fix, None where it is to be tuned."""
+        given = [o.partition("=")[2] for o in self.overrides if o.startswith("model.optimizer.lr=")]
+        return float(given[-1]) if given else None
+
 
 class Run(NamedTuple):
     """A finished run and where its logs are."""
@@ -158,6 +164,8 @@ class Study:
             start = time.time()
             results = run(cfg)
             results["bytes"] = bytes_per_step(cfg, results)
+            if "dssync/bytes_sent" in results:  # the last measurement; not all steps need send the same
+                results["bytes"] = statistics.mean(curve(folder, "dssync/bytes_sent").values)
             found = {"overrides": key, "results": results, "folder": folder.name, "seconds": time.time() - start}
             found |= {"config": config, "versions": versions()}
             self.runs = [entry for entry in self.runs if entry["overrides"] != key] + [found]
@@ -206,23 +214,25 @@ def interval(differences: list[float], confidence: float = 0.95) -> tuple[float,
 def tune(args: argparse.Namespace, study: Study, metric: str, lrs: list[float]) -> dict[str, dict[float, float]]:
     """The validation metric of every arm at every learning rate, as means over the tuning seeds.
 
-    A grid of our own grows, for all arms alike, while some arm is best at its edge. One that the user gave stays.
+    A grid of our own grows, for all arms alike, while some arm is best at its edge. One that the user gave stays. Arms
+    whose learning rate is fixed are left out.
     """
-    tuned: dict[str, dict[float, float]] = {arm.name: {} for arm in args.arms}
-    new = list(lrs)
+    arms = [arm for arm in args.arms if arm.lr is None]
+    tuned: dict[str, dict[float, float]] = {arm.name: {} for arm in arms}
+    new = list(lrs) if arms else []
     growths = 0 if args.lrs else GROWTHS
     while new:
         for lr in new:
-            for arm in args.arms:
+            for arm in arms:
                 tuned[arm.name][lr] = statistics.mean(
                     study.train(arm, lr, seed, args.monitor_every, f"val/{metric}").results[f"val/{metric}"]
                     for seed in range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + args.tuning_seeds)
                 )
         best = {best_rate(values) for values in tuned.values()}
-        tried = tuned[args.arms[0].name]
+        tried = tuned[arms[0].name]
         new = [lr for lr, edge in ((min(tried) / 2, min(tried)), (2 * max(tried), max(tried))) if edge in best]
         new, growths = (new, growths - 1) if growths else ([], 0)
-        study.total += len(new) * len(args.arms) * args.tuning_seeds
+        study.total += len(new) * len(arms) * args.tuning_seeds
     return {arm: dict(sorted(values.items())) for arm, values in tuned.items()}
 
 
@@ -235,7 +245,7 @@ def best_rate(values: dict[float, float]) -> float:
 def compare(args: argparse.Namespace, study: Study, metric: str, lrs: list[float]) -> str:
     """Tunes every arm, compares them over seeds, writes the report and returns its text."""
     tuned = tune(args, study, metric, lrs) if len(lrs) > 1 else {}
-    best = {arm.name: lrs[0] for arm in args.arms}
+    best = {arm.name: arm.lr or lrs[0] for arm in args.arms}
     best |= {name: best_rate(values) for name, values in tuned.items()}
     runs: dict[str, list[Run]] = {arm.name: [] for arm in args.arms}
     for seed in range(args.seeds):  # seed by seed, so that a machine's slow hours meet all arms
@@ -252,7 +262,7 @@ def compare(args: argparse.Namespace, study: Study, metric: str, lrs: list[float
             *tuning_table(tuned, best, metric, args.tuning_seeds),
             f"![learning curves]({curves.name})",
             "",
-            *how_to_repeat(args, study),
+            *how_to_repeat(args, study, bool(tuned)),
         ]
     )
     replace(study.folder / "report.md", report + "\n")
@@ -328,7 +338,7 @@ def tuning_table(tuned: dict[str, dict[float, float]], best: dict[str, float], m
     return [*lines, ""]
 
 
-def how_to_repeat(args: argparse.Namespace, study: Study) -> list[str]:
+def how_to_repeat(args: argparse.Namespace, study: Study, tuned: bool) -> list[str]:
     """Command, seeds, versions and machine; the resolved configuration of every arm goes into a file of its own."""
     for arm in args.arms:
         cfg = configure(study.folder, [*study.overrides, *arm.overrides])
@@ -340,13 +350,13 @@ def how_to_repeat(args: argparse.Namespace, study: Study) -> list[str]:
             seen.setdefault(package, set()).add(number)
     numbers = ", ".join(f"{package} {' and '.join(sorted(found))}" for package, found in seen.items())
     files = ", ".join(f"config-{arm.name}.yaml" for arm in args.arms)
-    last_tuning_seed = FIRST_TUNING_SEED + args.tuning_seeds - 1
+    others = f"tuned on {FIRST_TUNING_SEED} to {FIRST_TUNING_SEED + args.tuning_seeds - 1}"
     return [
         "## To repeat it",
         "",
         f"    {command(args)}",
         "",
-        f"- Seeds 0 to {args.seeds - 1}; tuned on {FIRST_TUNING_SEED} to {last_tuning_seed}.",
+        f"- Seeds 0 to {args.seeds - 1}; {others if tuned else 'no learning rate was tuned'}.",
         f"- Versions: {numbers}.",
         f"- Machine: {os.cpu_count()} cores, {platform.machine()}, {platform.system()}.",
         f"- Configurations: {files}; every run: runs.json.",
@@ -425,7 +435,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         default=[Arm.parse("ddp"), Arm.parse("dssync")],
         metavar="NAME[=OVERRIDES]",
         help="what is compared, the first being the reference: a strategy, or a name and its overrides, such as "
-        "int8='strategy=dssync strategy.wire_dtype=int8' (default: ddp dssync)",
+        "int8='strategy=dssync strategy.wire_dtype=int8'; one that sets model.optimizer.lr is not tuned (default: "
+        "ddp dssync)",
     )
     parser.add_argument("--seeds", type=int, default=5, help="seeds 0 to SEEDS - 1 are compared (default: %(default)s)")
     parser.add_argument(
@@ -463,6 +474,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}, but must be at least 1")
     if args.seeds > FIRST_TUNING_SEED:
         parser.error(f"--seeds is {args.seeds}, but the seeds from {FIRST_TUNING_SEED} on tune")
+    for arm in args.arms:
+        try:
+            fine = arm.lr is None or 0 < arm.lr < math.inf
+        except ValueError:
+            fine = False
+        if not fine:
+            parser.error(f"--arms {arm.name} has {arm.overrides}, but a learning rate is a positive number")
     if args.lrs and (min(args.lrs) <= 0 or len(set(args.lrs)) < len(args.lrs)):
         parser.error(f"--lrs is {args.lrs}, but must be different positive numbers")
     if not any(override.startswith("recipe=") for override in args.overrides):
@@ -484,7 +502,8 @@ def main(argv: list[str] | None = None) -> None:
         # Not of seeds and rates: more of them continue with the runs that are there.
         named = hashlib.sha256(json.dumps([args.overrides, args.arms]).encode()).hexdigest()[:8]
         args.output = Path("outputs") / "compare" / f"{args.overrides[0].removeprefix('recipe=')}-{named}"
-    total = len(args.arms) * (args.seeds + (len(lrs) * args.tuning_seeds if len(lrs) > 1 else 0))
+    to_tune = sum(arm.lr is None for arm in args.arms) if len(lrs) > 1 else 0
+    total = len(args.arms) * args.seeds + to_tune * len(lrs) * args.tuning_seeds
     study = Study(args.output, args.overrides, total)
     print(f"{len(args.arms)} arms, {total} runs, in {study.folder}; the same command continues there")
     try:

@@ -430,6 +430,11 @@ def test_recipes_compose(saved):
     docs = composed()
     model = instantiate(docs.model)
     assert model.net.config.max_position_embeddings == docs.data.max_length
+    assert (docs.strategy.average_optimizer_state, docs.strategy.optimizer_state_every) == (["exp_avg_sq"], 8)
+    for name, target in (("ddp", "DDPStrategy"), ("dssync", "DSSyncStrategy")):  # the command line wins
+        other = composed(f"strategy={name}").strategy
+        assert other._target_.endswith(target)
+        assert not other.get("average_optimizer_state")
     for name, threshold in (("squad", None), ("squad_v2", 0.0)):
         cfg = composed(f"data={name}")
         assert cfg.data.tokenizer == cfg.model.net.name == "bert-large-uncased-whole-word-masking"

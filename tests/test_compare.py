@@ -103,6 +103,8 @@ def test_bytes_are_counted_or_computed_or_unknown():
         (["recipe=wide_resnet", "--monitor-every", "0"], "--monitor-every is 0"),
         (["recipe=wide_resnet", "--lrs", "0.1", "0.1"], "different positive numbers"),
         (["recipe=wide_resnet", "--lrs", "-1"], "different positive numbers"),
+        (["recipe=wide_resnet", "--arms", "ddp", "a=model.optimizer.lr=x"], "a learning rate is a positive number"),
+        (["recipe=wide_resnet", "--arms", "ddp", "a=model.optimizer.lr=0"], "a learning rate is a positive number"),
     ],
 )
 def test_bad_arguments_are_refused(arguments, message, capsys):
@@ -218,3 +220,33 @@ def test_a_grid_of_our_own_grows_for_all_arms_while_one_is_best_at_its_edge():
     study = Fake()
     given = tune(parse(["recipe=wide_resnet", "--lrs", "0.05", "0.1"]), study, "accuracy", [0.05, 0.1])
     assert [list(values) for values in given.values()] == [[0.05, 0.1]] * 2
+
+
+def test_an_arm_with_a_learning_rate_of_its_own_is_not_tuned(tmp_path, monkeypatch, capsys):
+    trained: list[tuple[str, float, int]] = []
+
+    def fake_run(cfg):
+        log = Path(cfg.output_dir) / "csv" / "version_0" / "metrics.csv"
+        log.parent.mkdir(parents=True)
+        log.write_text("step,dssync/bytes_sent\n19,100\n39,120\n")
+        name = cfg.strategy._target_.rpartition(".")[2]
+        trained.append((name, cfg.model.optimizer.lr, cfg.seed))
+        results = {"val/accuracy": 0.5, "test/accuracy": 0.5, "train/steps": 1.0, "train/seconds": 1.0}
+        results |= {"dssync/bytes_sent": 120.0} if name == "DSSyncStrategy" else {}
+        return {**results, "model/gradient_bytes": 8.0, "model/buffer_bytes": 0.0}
+
+    monkeypatch.setattr("recipes.compare.run", fake_run)
+    monkeypatch.setattr("recipes.compare.plot", lambda *args: None)
+    fixed = "fixed=strategy=dssync model.optimizer.lr=0.3"
+    common = ["recipe=wide_resnet", "--seeds", "1", "--tuning-seeds", "1", "--output", str(tmp_path)]
+    main([*common, "--arms", "ddp", fixed])
+    assert [(lr, seed) for name, lr, seed in trained if name == "DSSyncStrategy"] == [(0.3, 0)]
+    assert {seed for name, _, seed in trained if name == "DDPStrategy"} == {0, 1000}
+    assert f"/{len(trained)}] fixed" in capsys.readouterr().out
+    report = (tmp_path / "report.md").read_text()
+    assert "tuned on 1000 to 1000" in report
+    assert "| bytes sent per worker per step | 12 | 110 |" in report  # counted: the mean of all measurements
+    trained.clear()
+    both = ["ddp=strategy=ddp model.optimizer.lr=0.1", fixed]
+    main([*common, "--arms", *both])
+    assert "no learning rate was tuned" in (tmp_path / "report.md").read_text()

@@ -270,6 +270,7 @@ def warned(world_size, model=BoringModel, steps=2, **options):
     [
         ({"schedule": GridSchedule(2, 2), "group_size": 2}, "group_size=2 has no effect: GridSchedule"),
         ({"schedule": "grid", "seed": 3}, "seed=3 has no effect: GridSchedule"),
+        ({"optimizer_state_every": 8}, "optimizer_state_every=8 has no effect: there is no average_optimizer_state"),
         ({"schedule": GridSchedule(2, 2), "seed": 3}, "seed=3 has no effect: GridSchedule"),
     ],
 )
