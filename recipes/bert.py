@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics.text import SQuAD
 from typing_extensions import override
 
-from recipes.squad import QuestionData, from_hub
+from recipes.squad import QuestionData, from_hub, load_tokenizer, vocabulary_of
 from recipes.task import Task
 
 Batch = dict[str, Any]
@@ -29,6 +29,14 @@ def pretrained(name: str = "bert-large-uncased-whole-word-masking") -> nn.Module
     # Loaded for use: in evaluation mode, without dropout, and perhaps in half precision.
     module: nn.Module = net.float().train()
     return module
+
+
+def vocabulary_of_model(name: str) -> str | None:
+    """The digest of the vocabulary of a pretrained model's own tokenizer, None where it was saved without one."""
+    try:
+        return vocabulary_of(load_tokenizer(name))
+    except FileNotFoundError:
+        return None
 
 
 def tiny(
@@ -68,7 +76,8 @@ def best_span(starts: Array, ends: Array, offsets: Array, n_best: int, longest: 
         starts: logits of an answer's first token, one row per window.
         ends: logits of its last token.
         offsets: first and last + 1 character of each token, equal for those that are not of the context.
-        n_best: tokens considered as first and as last token, of each window; all, if these make no span.
+        n_best: tokens considered as first and as last token, of each window; all, if these make no span. As in SQuAD's
+            own code the question's are among them, but make no span.
         longest: tokens of an answer.
 
     Returns:
@@ -76,9 +85,10 @@ def best_span(starts: Array, ends: Array, offsets: Array, n_best: int, longest: 
     """
     best, span = float("-inf"), (0, 0)
     for start, end, where in zip(starts, ends, offsets, strict=True):
-        context = np.flatnonzero(where[:, 1] > where[:, 0])
-        first = context[np.argsort(-start[context], kind="stable")[:n_best]]
-        last = context[np.argsort(-end[context], kind="stable")[:n_best]]
+        context = where[:, 1] > where[:, 0]
+        window = context.nonzero()[0].max(initial=-1) + 2  # with [SEP], and without what pads it
+        first, last = (np.argsort(-logits[:window], kind="stable")[:n_best] for logits in (start, end))
+        first, last = first[context[first]], last[context[last]]
         length = last[None, :] - first[:, None] + 1
         score = np.where((length >= 1) & (length <= longest), start[first][:, None] + end[last][None, :], -np.inf)
         if score.size and score.max() > best:
@@ -144,14 +154,26 @@ class QuestionAnswering(Task):
     @override
     def setup(self, stage: str) -> None:
         data, config = self._data, cast(Any, self.net.config)
-        rows, positions = config.vocab_size, config.max_position_embeddings
+        rows, positions = config.vocab_size, getattr(config, "max_position_embeddings", None)
         if data.vocab_size > rows:
             raise ValueError(
                 f"the tokenizer has {data.vocab_size} pieces, but the model's vocabulary {rows}. "
-                "HINT: data.tokenizer must be the tokenizer of model.net."
+                "HINT: data.tokenizer must be the tokenizer of model.net; a new model needs a larger vocab_size."
             )
-        if data.max_length > positions:
-            raise ValueError(f"data.max_length is {data.max_length}, but the model has {positions} positions")
+        name = getattr(self.net, "name_or_path", "")
+        if name and vocabulary_of_model(name) not in (None, data.vocabulary):
+            raise ValueError(
+                f"data.tokenizer has another vocabulary than the model {name!r}. "
+                "HINT: data.tokenizer=${model.net.name}"
+            )
+        tables = [m for m in self.net.modules() if isinstance(m, nn.Embedding) and m.num_embeddings == positions]
+        if any(table.padding_idx for table in tables):
+            positions -= config.pad_token_id + 1  # RoBERTa counts positions from there
+        if positions and 0 < positions < data.max_length:
+            raise ValueError(
+                f"data.max_length is {data.max_length}, but the model has {positions} positions. "
+                f"HINT: data.max_length={positions} or less."
+            )
 
     @property
     def _data(self) -> QuestionData:
@@ -163,7 +185,7 @@ class QuestionAnswering(Task):
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if self._trainer is not None and checkpoint["vocabulary"] != self._data.vocabulary:
+        if self._trainer is not None and checkpoint.get("vocabulary") != self._data.vocabulary:
             raise ValueError(
                 "the checkpoint was trained with another vocabulary. HINT: resume with the same data.tokenizer; "
                 "the vocabulary that data=docs trains depends on Python's version and data.split_seed."

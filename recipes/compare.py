@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import fcntl
 import hashlib
 import json
 import logging
@@ -25,7 +26,9 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -62,7 +65,7 @@ def configure(folder: Path, overrides: list[str]) -> DictConfig:
 
 def digest(cfg: DictConfig) -> str:
     """Tells one resolved configuration from another: a recipe may have changed since a run."""
-    return hashlib.sha256(OmegaConf.to_yaml(cfg, resolve=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(OmegaConf.to_yaml(cfg, resolve=True).encode()).hexdigest()[:12]
 
 
 def run(cfg: DictConfig) -> dict[str, float]:
@@ -98,7 +101,7 @@ def bytes_per_step(cfg: DictConfig, results: dict[str, float]) -> float:
         return results["dssync/bytes_sent"]
     if not cfg.strategy._target_.endswith(".DDPStrategy"):
         return math.nan
-    workers = cfg.trainer.devices * cfg.trainer.num_nodes
+    workers = results["train/world_size"]
     return float((workers - 1) / workers * (2 * results["model/gradient_bytes"] + results["model/buffer_bytes"]))
 
 
@@ -117,7 +120,7 @@ class Arm(NamedTuple):
     @property
     def lr(self) -> float | None:
         """The learning rate that the overrides fix, None where it is to be tuned."""
-        given = [o.partition("=")[2] for o in self.overrides if o.startswith("model.optimizer.lr=")]
+        given = [o.partition("=")[2] for o in self.overrides if o.lstrip("+").startswith("model.optimizer.lr=")]
         return float(given[-1]) if given else None
 
 
@@ -143,15 +146,22 @@ class Study:
         self.overrides = overrides
         self.total = total
         self.done = 0
-        folder.mkdir(parents=True, exist_ok=True)
         self.file = folder / "runs.json"
-        self.runs: list[dict[str, Any]] = json.loads(self.file.read_text()) if self.file.exists() else []
+        self.runs: list[dict[str, Any]] = []
+        if self.file.exists():
+            try:
+                self.runs = json.loads(self.file.read_text())
+                {(*entry["overrides"], entry["config"], entry["folder"]) for entry in self.runs}
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(
+                    f"{self.file} is broken. HINT: repair it, delete it (all runs are repeated), or choose --output."
+                ) from None
 
     def train(self, arm: Arm, lr: float, seed: int, monitor_every: int, shown: str) -> Run:
         """Trains one seed of an arm unless that was done before, prints the metric `shown` and returns the run."""
-        folder = self.folder / f"{arm.name}-lr{lr:g}-seed{seed}"
         key = [*self.overrides, *arm.overrides, f"model.optimizer.lr={lr}", f"seed={seed}"]
         config = digest(configure(Path("unused"), key))
+        folder = self.folder / f"{arm.name}-lr{lr:g}-seed{seed}-{config}"  # another configuration's logs stay
         found = next((entry for entry in self.runs if (entry["overrides"], entry["config"]) == (key, config)), None)
         if found is None:
             shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run left
@@ -164,8 +174,8 @@ class Study:
             start = time.time()
             results = run(cfg)
             results["bytes"] = bytes_per_step(cfg, results)
-            if "dssync/bytes_sent" in results:  # the last measurement; not all steps need send the same
-                results["bytes"] = statistics.mean(curve(folder, "dssync/bytes_sent").values)
+            if "dssync/bytes_sent" in results and (counted := curve(folder, "dssync/bytes_sent").values):
+                results["bytes"] = statistics.mean(counted)  # not all steps need send the same
             found = {"overrides": key, "results": results, "folder": folder.name, "seconds": time.time() - start}
             found |= {"config": config, "versions": versions()}
             self.runs = [entry for entry in self.runs if entry["overrides"] != key] + [found]
@@ -178,6 +188,22 @@ class Study:
             flush=True,
         )
         return Run(found["results"], self.folder / found["folder"])
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Makes the folder and keeps others out of it: two comparisons would lose each other's runs."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output is {folder}, which is a file. HINT: name a folder.")
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"another comparison, or what is left of one, runs in {folder}. HINT: wait for it, or choose --output."
+            ) from None
+        yield
 
 
 def replace(path: Path, text: str) -> None:
@@ -203,8 +229,10 @@ def versions() -> dict[str, str]:
 
 
 def interval(differences: list[float], confidence: float = 0.95) -> tuple[float, float]:
-    """Student's confidence interval of the mean of paired differences; infinite for a single one."""
+    """Student's confidence interval of the mean of paired differences; infinite for a single one, NaN if one is not."""
     n, mean = len(differences), statistics.mean(differences)
+    if not math.isfinite(mean):
+        return math.nan, math.nan
     if n < 2:
         return -math.inf, math.inf
     half = float(student.ppf((1 + confidence) / 2, n - 1)) * statistics.stdev(differences) / n**0.5
@@ -237,9 +265,10 @@ def tune(args: argparse.Namespace, study: Study, metric: str, lrs: list[float]) 
 
 
 def best_rate(values: dict[float, float]) -> float:
-    """The learning rate of the highest metric; among equals the one nearest to the middle of the grid."""
+    """The learning rate of the highest metric, NaN being lowest; among equals the nearest to the middle of the grid."""
     middle = statistics.median(map(math.log, values))
-    return max(values, key=lambda lr: (values[lr], -abs(math.log(lr) - middle)))
+    metric = {lr: -math.inf if math.isnan(value) else value for lr, value in values.items()}
+    return max(values, key=lambda lr: (metric[lr], -abs(math.log(lr) - middle)))
 
 
 def compare(args: argparse.Namespace, study: Study, metric: str, lrs: list[float]) -> str:
@@ -292,7 +321,7 @@ def table(runs: dict[str, list[Run]], best: dict[str, float], metric: str) -> li
         columns = {arm: [scale * value for value in values(arm, name)] for arm in runs}
         cells, differences = {}, {}
         for arm, column in columns.items():
-            spread = statistics.stdev(column) if seeds > 1 else math.nan
+            spread = statistics.stdev(column) if seeds > 1 and all(map(math.isfinite, column)) else math.nan
             cells[arm] = f"{statistics.mean(column):.{digits}f} ± {spread:.{digits}f}"
             paired = [b - a for a, b in zip(columns[first], column, strict=True)]
             low, high = interval(paired)
@@ -311,7 +340,7 @@ def table(runs: dict[str, list[Run]], best: dict[str, float], metric: str) -> li
     row(
         "bytes sent per worker per step",
         {arm: f"{value:,.0f}" for arm, value in sent.items()},
-        {arm: f"x {sent[arm] / sent[first]:.2f}" for arm in others},
+        {arm: f"x {sent[arm] / sent[first]:.2f}" if sent[first] else "" for arm in others},
     )
     distances = {arm: statistics.mean(values(arm, "dssync/consensus_distance")) for arm in runs}
     row("last consensus distance", {arm: "0" if math.isnan(d) else f"{d:.2g}" for arm, d in distances.items()})
@@ -370,6 +399,7 @@ def command(args: argparse.Namespace) -> str:
     """The command line that repeats this comparison."""
     arms = [f"{arm.name}={shlex.join(arm.overrides)}" for arm in args.arms]
     options = ["--arms", *arms, "--seeds", str(args.seeds), "--tuning-seeds", str(args.tuning_seeds)]
+    options += ["--monitor-every", str(args.monitor_every)]
     if args.lrs:
         options += ["--lrs", *map(str, args.lrs)]
     return shlex.join(["python", "-m", "recipes.compare", *args.overrides, *options])
@@ -504,10 +534,11 @@ def main(argv: list[str] | None = None) -> None:
         args.output = Path("outputs") / "compare" / f"{args.overrides[0].removeprefix('recipe=')}-{named}"
     to_tune = sum(arm.lr is None for arm in args.arms) if len(lrs) > 1 else 0
     total = len(args.arms) * args.seeds + to_tune * len(lrs) * args.tuning_seeds
-    study = Study(args.output, args.overrides, total)
-    print(f"{len(args.arms)} arms, {total} runs, in {study.folder}; the same command continues there")
     try:
-        report = compare(args, study, metric, lrs)
+        with alone(args.output):
+            study = Study(args.output, args.overrides, total)
+            print(f"{len(args.arms)} arms, {total} runs, in {study.folder}; the same command continues there")
+            report = compare(args, study, metric, lrs)
     except Exception as error:
         if message := one_line(error):
             sys.exit(f"error: {message}")

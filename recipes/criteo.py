@@ -87,16 +87,22 @@ def prepare(
     """
     options = Options(threshold, hash_buckets, seed, rows_per_shard)
     for name, value in {"processes": processes, **options._asdict()}.items():
-        least = 0 if name == "seed" else 1
-        if value is not None and value < least:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}, but must be at least {least}")
+        least, most = 0 if name == "seed" else 1, 2**31 - 2 if name == "hash_buckets" else sys.maxsize
+        if value is not None and not least <= value <= most:
+            rule = f"at least {least}" + (f" and at most {most}" if name == "hash_buckets" else "")
+            raise ValueError(f"--{name.replace('_', '-')} is {value}, but must be {rule}")
     out, work = Path(out), Path(out) / "unfinished"
     if (out / "criteo.json").exists():
         found = metadata(out)
         size = sum(path.stat().st_size for path in files if path.is_file())
         if (found["options"], found["bytes"]) != (options._asdict(), size):
             raise ValueError(f"{out} holds other rows or options. HINT: delete it, or choose another folder.")
+        shutil.rmtree(work, ignore_errors=True)  # an interruption may have left it
         return found
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file. HINT: name a folder to write.")
+    if out.exists() and not (work / "plan.json").exists() and any(path != work for path in out.iterdir()):
+        raise ValueError(f"{out} is not empty. HINT: choose another folder, or delete it.")
     for path in files:
         check(path)
     chunks = _plan(files, work, options)
@@ -145,10 +151,15 @@ def metadata(root: Path) -> dict[str, Any]:
             f"no prepared data in {root.resolve()}. HINT: point data.root at the folder that "
             "`python -m recipes.criteo prepare train.txt FOLDER` has written."
         )
-    described: dict[str, Any] = json.loads(path.read_text())
-    if described["version"] != VERSION:
+    described: dict[str, Any] = {}
+    try:
+        described = json.loads(path.read_text())
+        version = described["version"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path} is broken. HINT: copy the whole folder again, or prepare anew.") from None
+    if version != VERSION:
         raise ValueError(
-            f"{root} was prepared by version {described['version']}, but this is version {VERSION}. "
+            f"{root} was prepared by version {version}, but this is version {VERSION}. "
             "HINT: prepare it anew in another folder."
         )
     for split in SPLITS:
@@ -248,21 +259,30 @@ def _plan(files: list[Path], work: Path, options: Options) -> list[Chunk]:
     plan = work / "plan.json"
     if plan.exists():
         found = json.loads(plan.read_text())
-        if found["of"] != work_of:
+        if found["of"] == work_of:
+            return [[Segment(*segment) for segment in chunk] for chunk in found["chunks"]]
+        if _but_for_contents(found["of"]) != _but_for_contents(work_of):
             raise ValueError(
                 f"{work.parent} is half prepared from other files or with other options. "
                 "HINT: run the command that was begun, delete the folder, or choose another."
             )
-        return [[Segment(*segment) for segment in chunk] for chunk in found["chunks"]]
+        # A row was repaired, and any chunk may hold other rows now. The plan goes last, when the new one is put there.
+        for split in SPLITS:
+            shutil.rmtree(work.parent / split, ignore_errors=True)
+        for path in (work.parent / "vocabulary.npy", *work.iterdir()):
+            if path != plan:
+                path.unlink(missing_ok=True)
     size = sum(path.stat().st_size for path in files)
     with Progress(transient=True, disable=not sys.stdout.isatty()) as progress:
         bar = progress.add_task("counting rows", total=size)
         chunks = cut(files, options.rows_per_shard, lambda read: progress.advance(bar, read))
-    if work.parent.exists() and any(path != work for path in work.parent.iterdir()):
-        raise ValueError(f"{work.parent} is not empty. HINT: choose another folder, or delete it.")
     work.mkdir(parents=True, exist_ok=True)
     _replace(plan, lambda path: path.write_text(json.dumps({"of": work_of, "chunks": chunks})))
     return chunks
+
+
+def _but_for_contents(work: dict[str, Any]) -> list[Any]:
+    return [work["version"], work["options"], [path for path, *_ in work["inputs"]]]
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:

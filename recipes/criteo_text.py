@@ -14,16 +14,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+from pyarrow import compute as pc
 from pyarrow import csv
 
 NUMBERS = [f"I{i}" for i in range(1, 14)]
 CATEGORIES = [f"C{i}" for i in range(1, 27)]
 COLUMNS = ["label", *NUMBERS, *CATEGORIES]
+CHARACTERS = b"0123456789abcdefABCDEF-\t\r\n"
 BLOCK = 1 << 22
 
 _RULES = (
     ("label", r"[01]", "0 or 1"),
-    *((name, r"(-?\d{1,18})?", "an integer or empty") for name in NUMBERS),
+    *((name, r"(-?0*\d{1,18})?", "an integer of at most 18 digits or empty") for name in NUMBERS),
     *((name, r"([0-9a-fA-F]{8})?", "8 hexadecimal digits or empty") for name in CATEGORIES),
 )
 
@@ -45,12 +47,15 @@ def check(path: Path) -> None:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is empty.
+        ValueError: If it is empty or compressed.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no file {path.resolve()}. HINT: name Criteo's text files, then a folder to write.")
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty. HINT: leave it out, or copy or unpack it again.")
+    with open(path, "rb") as file:
+        if file.read(2) == b"\x1f\x8b":
+            raise ValueError(f"{path} is compressed. HINT: gunzip it.")
 
 
 def cut(files: list[Path], rows: int, progress: Callable[[int], object] = lambda size: None) -> list[Chunk]:
@@ -105,7 +110,7 @@ def read(chunk: Chunk) -> pa.Table:
         ValueError: If a row is not of the format; names file, line and column.
     """
     text = b"".join(_lines(segment) for segment in chunk)
-    kinds = {"label": pa.int8()} | dict.fromkeys(NUMBERS, pa.int64()) | dict.fromkeys(CATEGORIES, pa.string())
+    kinds = {"label": pa.string()} | dict.fromkeys(NUMBERS, pa.int64()) | dict.fromkeys(CATEGORIES, pa.string())
     try:
         table = csv.read_csv(
             pa.BufferReader(text),
@@ -113,14 +118,17 @@ def read(chunk: Chunk) -> pa.Table:
             csv.ParseOptions(delimiter="\t", quote_char=False, ignore_empty_lines=False),
             csv.ConvertOptions(column_types=kinds, null_values=[""], strings_can_be_null=True),
         )
-        labels = table["label"].to_numpy()
-        valid = len(table) == text.count(b"\n") and bool(np.isin(labels, (0, 1)).all())
+        # pyarrow trims blanks, and reads 0x1F and what is beyond 18 digits, which are none of Criteo's.
+        valid = len(table) == text.count(b"\n") and not text.translate(None, CHARACTERS)
+        valid = valid and pc.all(pc.is_in(table["label"], pa.array(["0", "1"]))).as_py()
+        bounds = (pc.min_max(table[name]).as_py() for name in NUMBERS)
+        valid = valid and all(abs(x or 0) < 10**18 for bound in bounds for x in bound.values())
         valid = valid and all(_hexadecimal(array) for name in CATEGORIES for array in table[name].chunks)
     except pa.ArrowInvalid:
         valid = False
     if not valid:
         raise ValueError(_fault(chunk))
-    return table
+    return table.set_column(0, "label", table["label"].cast(pa.int8()))
 
 
 def identifiers(column: pa.ChunkedArray) -> np.ndarray[Any, Any]:

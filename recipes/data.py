@@ -76,10 +76,10 @@ def shards(labels: np.ndarray[Any, Any], world_size: int, partition: str, seed: 
     size = len(labels) // world_size
     shuffled = rng.permutation(len(labels))
     _, classes = np.unique(labels[shuffled], return_inverse=True)
+    by_label = shuffled[np.argsort(classes, kind="stable")]
     if alpha is None:
-        by_label = shuffled[np.argsort(classes, kind="stable")]
         return [np.sort(by_label[rank * size : (rank + 1) * size]) for rank in range(world_size)]
-    pools = [shuffled[classes == label] for label in range(classes.max() + 1)]
+    pools = np.split(by_label, np.cumsum(np.bincount(classes))[:-1])
     used = np.zeros(len(pools), dtype=int)
     result = []
     for _ in range(world_size):
@@ -89,8 +89,10 @@ def shards(labels: np.ndarray[Any, Any], world_size: int, partition: str, seed: 
         while needed:
             left = np.array([len(pool) for pool in pools]) - used
             wanted = np.where(left > 0, shares, 0.0)
-            if wanted.sum() < 1e-9:  # all that this worker was to hold is used up
-                wanted = left.astype(float)
+            if wanted.sum() < 1e-9:  # all that this worker was to hold is used up: draw anew among what is left
+                shares = np.zeros(len(pools))
+                shares[left > 0] = rng.dirichlet([alpha] * int((left > 0).sum()))
+                wanted = shares
             taken = np.minimum(rng.multinomial(needed, wanted / wanted.sum()), left)
             mine += [pool[a : a + n] for pool, a, n in zip(pools, used, taken, strict=True)]
             used += taken

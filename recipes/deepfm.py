@@ -187,5 +187,5 @@ class ClickTask(Task):
         categories, numbers, labels = batch
         logits = self(categories, numbers)
         logloss.update(F.binary_cross_entropy_with_logits(logits, labels), len(labels))
-        # Probabilities: given logits, the metric would judge batch by batch whether they are any.
-        auc.update(logits.sigmoid(), labels.int())
+        # Probabilities: given logits, the metric would judge batch by batch whether they are any. It would rank NaN.
+        auc.update(logits.sigmoid().nan_to_num(0.5), labels.int())

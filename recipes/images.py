@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from timm.data import create_transform
 from timm.data.auto_augment import rand_augment_transform
-from torch.utils.data import Subset, TensorDataset
+from torch.utils.data import Dataset, Subset, TensorDataset
 from torchvision import transforms
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 from typing_extensions import override
@@ -88,11 +89,59 @@ class Digits(RecipeData):
         return train, val, test
 
 
+# Of the binary versions: their folder, the files of the training and the test images, and label bytes of a record.
+CIFAR_BINARY = {
+    10: ("cifar-10-batches-bin", [f"data_batch_{i}.bin" for i in range(1, 6)], ["test_batch.bin"], 1),
+    100: ("cifar-100-binary", ["train.bin"], ["test.bin"], 2),  # coarse, then fine
+}
+
+
+class BinaryCifar(Dataset[Any]):
+    """The binary version of CIFAR-10 or CIFAR-100, which torchvision does not read.
+
+    Args:
+        root: folder of the version's folder.
+        num_classes: 10 or 100.
+        train: the training images, or the test images.
+        transform: of an image.
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+        ValueError: If one is not of the format.
+    """
+
+    def __init__(self, root: str, num_classes: int, train: bool, transform: Callable[[Any], Any] | None) -> None:
+        self.transform = transform
+        folder, training, test, labels = CIFAR_BINARY[num_classes]
+        records = []
+        for path in (Path(root) / folder / name for name in (training if train else test)):
+            content = np.fromfile(path, np.uint8)
+            rows = content[: len(content) // (labels + 3072) * (labels + 3072)].reshape(-1, labels + 3072)
+            if rows.size != content.size or not rows.size or rows[:, labels - 1].max() >= num_classes:
+                raise ValueError(
+                    f"{path} is not of CIFAR-{num_classes}'s binary version: records of {labels + 3072} bytes, number "
+                    f"{labels} of which is the class. HINT: unpack the archive again."
+                )
+            records.append(rows)
+        rows = np.concatenate(records)
+        self.targets = rows[:, labels - 1].tolist()
+        self.data = rows[:, labels:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    @override
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        image = Image.fromarray(np.ascontiguousarray(self.data[index]))
+        return self.transform(image) if self.transform else image, self.targets[index]
+
+
 class Cifar(RecipeData):
     """CIFAR-10 or CIFAR-100 with the usual augmentation (pad by 4, crop 32x32, flip), or a RandAugment after it.
 
     Args:
-        root: folder of torchvision's data set (`cifar-10-batches-py` or `cifar-100-python` lies in it).
+        root: folder in which the unpacked Python version (`cifar-10-batches-py`, `cifar-100-python`) or binary version
+            (`cifar-10-batches-bin`, `cifar-100-binary`) lies.
         num_classes: 10 or 100.
         download: fetch the archive into `root` if it is not there.
         batch_size: training samples per rank and step.
@@ -151,9 +200,13 @@ class Cifar(RecipeData):
 
     def _dataset(self, train: bool, transform: Callable[[Any], Any] | None, download: bool = False) -> Any:
         dataset = CIFAR10 if self.num_classes == 10 else CIFAR100
+        binary, python = (Path(self.root) / name for name in (CIFAR_BINARY[self.num_classes][0], dataset.base_folder))
         try:
+            if binary.is_dir() and not python.is_dir() and not download:
+                return BinaryCifar(self.root, self.num_classes, train, transform)
             return dataset(self.root, train=train, transform=transform, download=download)
-        except RuntimeError as error:  # torchvision's own message names an argument the user cannot see
+        except (RuntimeError, FileNotFoundError) as error:
+            # torchvision's own message names an argument that the user cannot see
             raise FileNotFoundError(
                 f"no complete CIFAR-{self.num_classes} in {Path(self.root).resolve()}. "
                 "HINT: point data.root at it, or add data.download=true."

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torchmetrics.functional.text.squad import _normalize_text
 from typing_extensions import override
 
 from recipes.data import RecipeData
@@ -39,6 +40,11 @@ def from_hub(what: str, load: Callable[[str], Any], name: str) -> Any:
             f"no {what} {name!r}: neither a local folder that holds one nor to be had from the hub. "
             "HINT: without a network point model.net.name at the folder of a saved model and its tokenizer."
         ) from error
+    except Exception as error:  # of any kind, from whatever reads the files
+        raise ValueError(
+            f"the {what} {name!r} cannot be loaded ({type(error).__name__}): a file is broken, or config.json is "
+            "not that of the weights. HINT: save or download it again, and name its folder."
+        ) from error
 
 
 def load_tokenizer(name: str) -> Any:
@@ -48,7 +54,17 @@ def load_tokenizer(name: str) -> Any:
     tokenizer = from_hub("tokenizer", AutoTokenizer.from_pretrained, name)
     if not tokenizer.is_fast:
         raise ValueError(f"the tokenizer {name!r} has no fast version, which knows where in a text its tokens are")
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # transformers makes one up where a folder has none
+        raise FileNotFoundError(
+            f"no tokenizer {name!r}: there is no vocabulary. HINT: save it there too, by tokenizer.save_pretrained, or "
+            "point data.tokenizer at its folder; without a network model.net.name is the folder of both."
+        )
     return tokenizer
+
+
+def vocabulary_of(tokenizer: Any) -> str:
+    """Tells one vocabulary from another."""
+    return _digest(json.dumps(sorted(tokenizer.get_vocab().items())).encode())
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
@@ -110,13 +126,20 @@ def _longest_question(max_length: int) -> int:
 
 
 def _widen(offsets: np.ndarray[Any, Any], context: str) -> None:
-    """Lets tokens end after the accents and joiners that the tokenizer has dropped, so no answer loses them."""
+    """Gives tokens the accents and joiners beside them that the tokenizer has dropped, so no answer loses them."""
     if context.isascii():
         return
     for token, (start, end) in enumerate(offsets):
-        while start < end < len(context) and unicodedata.category(context[end]) in INVISIBLE:
+        if start == end:
+            continue
+        first = start
+        while first and unicodedata.category(context[first - 1]) in INVISIBLE:
+            first -= 1
+        if not first or context[first - 1].isspace():  # else they are the token's before
+            start = first
+        while end < len(context) and unicodedata.category(context[end]) in INVISIBLE:
             end += 1
-        offsets[token, 1] = end
+        offsets[token] = start, end
 
 
 def training_windows(examples: Columns, tokenizer: Any, max_length: int, stride: int) -> Columns:
@@ -127,8 +150,9 @@ def training_windows(examples: Columns, tokenizer: Any, max_length: int, stride:
         answers = examples["answers"][example]
         first = last = 0
         if answers["text"]:
-            start = answers["answer_start"][0]
-            end = start + len(answers["text"][0])
+            text = answers["text"][0]
+            start = answers["answer_start"][0] + len(text) - len(text.lstrip())  # white space is no token
+            end = start + len(text.strip())
             inside = np.flatnonzero(offsets[:, 1])
             if len(inside) and offsets[inside[0], 0] <= start and end <= offsets[inside[-1], 1]:
                 touched = inside[(offsets[inside, 1] > start) & (offsets[inside, 0] < end)]
@@ -140,9 +164,12 @@ def training_windows(examples: Columns, tokenizer: Any, max_length: int, stride:
 
 
 def evaluation_windows(examples: Columns, tokenizer: Any, max_length: int, stride: int) -> Columns:
-    """Examples with all their windows; an unanswerable question has the one answer "", as SQuAD 2.0 scores it."""
+    """Examples with all their windows; an unanswerable question has the one answer "", as SQuAD 2.0 scores it.
+
+    So has one whose answers are all without a word, and of others these do not count.
+    """
     columns: Columns = {name: list(examples[name]) for name in ("id", "context")}
-    columns["answers"] = [answers["text"] or [""] for answers in examples["answers"]]
+    columns["answers"] = [[t for t in answers["text"] if _normalize_text(t)] or [""] for answers in examples["answers"]]
     for example, window in _windows(examples, tokenizer, max_length, stride):
         for name, value in window.items():
             rows = columns.setdefault(name, [[] for _ in examples["id"]])
@@ -216,8 +243,7 @@ class QuestionData(RecipeData):
 
     def use(self, tokenizer: Any) -> None:
         """Takes over the tokenizer's vocabulary and padding."""
-        pieces = json.dumps(sorted(tokenizer.get_vocab().items()))
-        self.vocabulary = _digest(pieces.encode())
+        self.vocabulary = vocabulary_of(tokenizer)
         self.vocab_size = len(tokenizer)
         self.collate = partial(collate, pad_token_id=tokenizer.pad_token_id or 0)
 
@@ -291,12 +317,19 @@ class Squad(QuestionData):
         path = self.files[split]
         if path is None:
             try:
-                return datasets.load_dataset(self.name, split=split)
-            except (OSError, ValueError) as error:  # what `datasets` raises without a network or for unknown names
+                found = datasets.load_dataset(self.name, split=split)
+            except (OSError, ValueError, TypeError, datasets.exceptions.DatasetGenerationError) as error:
+                # What `datasets` raises without a network, for unknown names and files that it cannot read.
                 raise FileNotFoundError(
-                    f"no data set {self.name!r} on the hub or in its cache. HINT: without a network point "
-                    "data.train_file and data.val_file at SQuAD's JSON files."
+                    f"no data set {self.name!r} with a split {split!r} on the hub or in its cache. HINT: without a "
+                    "network point data.train_file and data.val_file at SQuAD's JSON files."
                 ) from error
+            if missing := {"id", "title", "context", "question", "answers"} - set(found.column_names):
+                raise ValueError(
+                    f"the data set {self.name!r} lacks {', '.join(sorted(missing))}. HINT: data.name must be of "
+                    "SQuAD's form; SQuAD's own JSON files go to data.train_file and data.val_file."
+                )
+            return found
         answers = {
             "text": datasets.Sequence(datasets.Value("string")),
             "answer_start": datasets.Sequence(datasets.Value("int32")),
@@ -324,15 +357,17 @@ def read_json(path: str, digest: str = "") -> Iterator[dict[str, Any]]:
             for paragraph in article["paragraphs"]:
                 for question in paragraph["qas"]:
                     answers = [] if question.get("is_impossible") else question["answers"]
-                    found = True
-                    yield {
-                        "id": question["id"],
+                    example = {
+                        "id": str(question["id"]),
                         "title": article["title"],
                         "context": paragraph["context"],
                         "question": question["question"],
                         "answers": {key: [answer[key] for answer in answers] for key in ("text", "answer_start")},
                     }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+                    _check(example)
+                    found = True
+                    yield example
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         what = "empty" if not text.strip() else "not SQuAD's JSON"
         raise ValueError(
             f"{path} is {what}. HINT: it must hold data, a list of articles with title and paragraphs, these with "
@@ -340,6 +375,15 @@ def read_json(path: str, digest: str = "") -> Iterator[dict[str, Any]]:
         ) from error
     if not found:
         raise ValueError(f"{path} holds no questions. HINT: point data.train_file and data.val_file at SQuAD's files.")
+
+
+def _check(example: dict[str, Any]) -> None:
+    """Raises ValueError or TypeError for what JSON lets through and SQuAD's form does not."""
+    answers = example["answers"]
+    "".join([example["title"], example["context"], example["question"], *answers["text"]]).encode()
+    places = range(len(example["context"]) + 1)
+    if not all(type(start) is int and start in places for start in answers["answer_start"]):
+        raise ValueError("an answer_start is no place in its context")
 
 
 def _digest(content: bytes) -> str:

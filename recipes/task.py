@@ -8,10 +8,12 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torchmetrics import Metric
 from typing_extensions import override
 
 
@@ -42,6 +44,17 @@ class Task(LightningModule):
     @override
     def on_validation_start(self) -> None:
         self.paused = time.perf_counter()
+        self._count_in_full_precision()
+
+    @override
+    def on_test_start(self) -> None:
+        self._count_in_full_precision()
+
+    def _count_in_full_precision(self) -> None:
+        """`trainer.precision=bf16-true` converts metrics, too, whose sums would then stop growing at 256."""
+        for metric in self.modules():
+            if isinstance(metric, Metric):
+                metric.to(torch.float32)
 
     @override
     def on_validation_epoch_end(self) -> None:

@@ -65,6 +65,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
     trainer.test(model, data, verbose=False)
     results |= {name: float(value) for name, value in trainer.callback_metrics.items()}
     gradients = [p for p in model.parameters() if p.requires_grad]
+    results["train/world_size"] = float(trainer.world_size)
     results["model/gradient_bytes"] = float(sum(p.numel() * p.element_size() for p in gradients))
     results["model/buffer_bytes"] = float(sum(b.numel() * b.element_size() for b in model.buffers()))
     return results
@@ -78,7 +79,7 @@ def one_line(error: Exception) -> str | None:
         return message if kind in ("ValueError", "FileNotFoundError") else None
     if isinstance(error, InstantiationException):  # Hydra's, about a constructor
         error = error.__cause__ if isinstance(error.__cause__, Exception) else error
-    return str(error) if isinstance(error, ValueError | FileNotFoundError) else None
+    return " ".join(str(error).split()) if isinstance(error, ValueError | FileNotFoundError) else None
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="config")

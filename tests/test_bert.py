@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import string
 import subprocess
 import sys
@@ -22,11 +23,20 @@ from hydra.utils import instantiate
 from lightning.pytorch import Trainer
 from omegaconf import OmegaConf
 from torchmetrics.text import SQuAD
+from transformers import RobertaConfig, RobertaForQuestionAnswering
 
 from recipes.bert import QuestionAnswering, decode, pretrained, tiny
 from recipes.data import shards
 from recipes.docs import RULES, Docs, documentation, split, trivial_rules
-from recipes.squad import Squad, collate, evaluation_windows, load_tokenizer, train_tokenizer, training_windows
+from recipes.squad import (
+    Squad,
+    collate,
+    evaluation_windows,
+    load_tokenizer,
+    train_tokenizer,
+    training_windows,
+    vocabulary_of,
+)
 from tests.ranks import QUIET, fit_and_test_on_two_ranks
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -92,6 +102,14 @@ def squad_file(path: Path, version: str) -> Path:
             article["paragraphs"][0]["qas"].append(nothing)
     path.write_text(json.dumps({"version": version, "data": list(articles.values())}))
     return path
+
+
+def one_question(**values: Any) -> str:
+    """A file with one question, of which some values are wrong."""
+    v = {"title": "t", "context": "abc", "question": "q", "text": "abc", "answer_start": 0, **values}
+    answers = [{key: v[key] for key in ("text", "answer_start")}]
+    question = {"id": 1, "question": v["question"], "answers": answers}
+    return json.dumps({"data": [{"title": v["title"], "paragraphs": [{"context": v["context"], "qas": [question]}]}]})
 
 
 @pytest.fixture
@@ -173,6 +191,27 @@ def test_an_answer_cut_by_windows_trains_cls_where_it_is_not_whole(tokenizer):
     assert not any(windows["start_positions"] + windows["end_positions"])
 
 
+def test_answers_keep_what_the_tokenizer_drops_and_lose_white_space(tokenizer):
+    for context, answer in (
+        ("see \u200briver here", "\u200briver"),
+        ("\ufeffriver here", "\ufeffriver"),
+        ("  the river was", "  the river"),
+        ("near the river ", "river "),
+    ):
+        example = {**examples()[0], "context": context}
+        example["answers"] = {"text": [answer], "answer_start": [context.index(answer)]}
+        windows = training_windows(columns([example]), tokenizer, 128, 32)
+        where = evaluation_windows(columns([example]), tokenizer, 128, 32)["offsets"][0][0]
+        first, last = windows["start_positions"][0], windows["end_positions"][0]
+        assert context[where[first][0] : where[last][1]] == answer.strip()
+
+
+def test_golds_without_a_word_do_not_count_beside_others(tokenizer):
+    for gold, want in ((["the", "river"], ["river"]), (["the"], [""]), ([], [""])):
+        example = {**examples()[0], "answers": {"text": gold, "answer_start": [0] * len(gold)}}
+        assert evaluation_windows(columns([example]), tokenizer, 128, 32)["answers"] == [want]
+
+
 def test_questions_that_are_too_long_are_cut(tokenizer):
     example = {**examples()[0], "question": "  " + "river " * 100}
     windows = training_windows(columns([example]), tokenizer, 40, 10)
@@ -198,6 +237,8 @@ OFFSETS = np.array([[[0, 0]] * 3 + [[m.start(), m.end()] for m in re.finditer(r"
         ({"p6": 5, "p3": 1}, {"p4": 5, "p7": 4}, {}, "four five"),  # an end before the start does not count
         ({"p1": 9, "p5": 3}, {"p2": 9, "p5": 3}, {}, "three"),  # nor do question and separators
         ({"p3": 9}, {"p8": 9, "p5": 1}, {"max_answer_length": 3}, "one two three"),
+        # The question's tokens are among the n best, so that of the context's only the best start and end are left.
+        ({"p1": 9, "p4": 3, "p6": 2}, {"p2": 9, "p5": 3, "p8": 4}, {"n_best": 2, "max_answer_length": 3}, "two three"),
         ({"p3": 9}, {"p8": 9}, {"max_answer_length": 6}, CONTEXT),
         ({"p8": 9}, {"p3": 9}, {"n_best": 1}, "six"),  # no span among the best: all are looked at
         ({"p0": 4, "p4": 3}, {"p0": 4, "p4": 3}, {}, "two"),  # SQuAD 1.1 always answers
@@ -287,7 +328,17 @@ def test_a_changed_file_is_read_again(saved, tmp_path, cache):
         ("[]", "is not SQuAD's JSON. HINT"),
         ('{"data": [{"title": "a"}]}', "is not SQuAD's JSON. HINT"),
         ('{"data": []}', "holds no questions. HINT"),
+        (one_question(question=None), "is not SQuAD's JSON. HINT"),
+        (one_question(title=3), "is not SQuAD's JSON. HINT"),
+        (one_question(context=None), "is not SQuAD's JSON. HINT"),
+        (one_question(context="\ud800 abc"), "is not SQuAD's JSON. HINT"),
+        (one_question(text=5), "is not SQuAD's JSON. HINT"),
+        (one_question(answer_start="0"), "is not SQuAD's JSON. HINT"),
+        (one_question(answer_start=-1), "is not SQuAD's JSON. HINT"),
+        (one_question(answer_start=9), "is not SQuAD's JSON. HINT"),
+        ("[" * 100_000, "is not SQuAD's JSON. HINT"),
     ],
+    ids=lambda text: text[:40],
 )
 def test_files_that_are_not_squads_are_refused(content, message, saved, tmp_path, cache):
     path = tmp_path / "squad.json"
@@ -324,21 +375,70 @@ def test_bad_windows_are_refused(saved):
 
 def test_a_vocabulary_that_does_not_match_is_refused(saved):
     module = task(pretrained(str(saved)))
-    data = SimpleNamespace(vocab_size=301, max_length=64, vocabulary="a")
+    own = vocabulary_of(load_tokenizer(str(saved)))
+    data = SimpleNamespace(vocab_size=301, max_length=64, vocabulary=own)
     module._trainer = SimpleNamespace(datamodule=data)  # type: ignore[assignment]
     with pytest.raises(ValueError, match=r"tokenizer has 301 pieces, but the model's vocabulary \d+\. HINT"):
         module.setup("fit")
     data.vocab_size, data.max_length = 100, 65
-    with pytest.raises(ValueError, match=r"data\.max_length is 65, but the model has 64 positions"):
+    with pytest.raises(ValueError, match=r"data\.max_length is 65, but the model has 64 positions\. HINT"):
         module.setup("fit")
-    data.max_length = 64
+    data.max_length, data.vocabulary = 64, "of another tokenizer, no larger"
+    with pytest.raises(ValueError, match=r"another vocabulary than the model .*HINT: data\.tokenizer=\${model"):
+        module.setup("fit")
+    data.vocabulary = own
     module.setup("fit")
     checkpoint: dict[str, Any] = {}
     module.on_save_checkpoint(checkpoint)
     module.on_load_checkpoint(checkpoint)
     data.vocabulary = "b"
-    with pytest.raises(ValueError, match=r"trained with another vocabulary\. HINT"):
-        module.on_load_checkpoint(checkpoint)
+    for other in (checkpoint, {}):  # an empty one is of another recipe
+        with pytest.raises(ValueError, match=r"trained with another vocabulary\. HINT"):
+            module.on_load_checkpoint(other)
+
+
+def test_roberta_has_fewer_positions_than_its_table():
+    config = RobertaConfig(
+        vocab_size=50, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8,
+        max_position_embeddings=66, pad_token_id=1,
+    )  # fmt: skip
+    module = task(RobertaForQuestionAnswering(config))
+    data = SimpleNamespace(vocab_size=50, max_length=64, vocabulary="a")
+    module._trainer = SimpleNamespace(datamodule=data)  # type: ignore[assignment]
+    module.setup("fit")
+    module.net(torch.full((1, 64), 5))
+    data.max_length = 65
+    with pytest.raises(ValueError, match=r"data\.max_length is 65, but the model has 64 positions\. HINT"):
+        module.setup("fit")
+
+
+def test_broken_models_are_refused_in_one_line(saved, tmp_path):
+    for name, spoil in (
+        ("no tokenizer", lambda folder: [path.unlink() for path in folder.glob("*token*")]),
+        ("other sizes", lambda folder: change(folder / "config.json", vocab_size=7)),
+        ("cut", lambda folder: (folder / "model.safetensors").write_bytes(b"1234")),
+    ):
+        folder = tmp_path / name
+        shutil.copytree(saved, folder)
+        spoil(folder)
+        load = load_tokenizer if name == "no tokenizer" else pretrained
+        with pytest.raises((ValueError, FileNotFoundError), match="HINT") as caught:
+            load(str(folder))
+        assert "\n" not in str(caught.value)
+
+
+def change(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def test_metrics_count_beyond_256_in_half_precision():
+    module = task(torch.nn.Identity())
+    module.to(torch.bfloat16)  # as `trainer.precision=bf16-true` does
+    module.on_test_start()
+    for i in range(600):
+        gold: Any = {"id": str(i), "answers": {"text": ["cat"]}}
+        module.test_metric.update([{"id": str(i), "prediction_text": "cat"}], [gold])
+    assert module.test_metric.compute() == {"exact_match": 100, "f1": 100}
 
 
 def test_pretrained_models_are_loaded_for_training(saved):

@@ -11,7 +11,20 @@ import pytest
 from omegaconf import OmegaConf
 
 from recipes import compare
-from recipes.compare import Arm, Run, Study, best_rate, bytes_per_step, interval, main, parse, table, tune, tuning_table
+from recipes.compare import (
+    Arm,
+    Run,
+    Study,
+    alone,
+    best_rate,
+    bytes_per_step,
+    interval,
+    main,
+    parse,
+    table,
+    tune,
+    tuning_table,
+)
 from recipes.train import one_line
 from tests.test_configs import command
 
@@ -31,6 +44,7 @@ def test_the_interval_is_students():
     low, high = interval([1 - math.sqrt(2), 1, 1, 1, 1 + math.sqrt(2)])
     assert (low, high) == pytest.approx((1 - 2.7764 / math.sqrt(5), 1 + 2.7764 / math.sqrt(5)), abs=1e-3)
     assert interval([3.0]) == (-math.inf, math.inf)
+    assert all(map(math.isnan, interval([1.0, math.nan])))
 
 
 def finished(accuracy: float, loss: float, **more: float) -> Run:
@@ -64,6 +78,13 @@ def test_the_table_pairs_seeds():
     assert table(runs, {"ddp": 0.1, "dssync": 0.2}, "accuracy")[-1] == "**The arms did not take equal steps.**"
 
 
+def test_a_run_that_diverged_is_in_the_table():
+    runs = {"ddp": [finished(0.9, 0.1, bytes=0.0)] * 2, "dssync": [finished(math.nan, math.inf), finished(0.8, 0.2)]}
+    lines = table(runs, {"ddp": 0.1, "dssync": 0.1}, "accuracy")
+    assert "90.00 ± 0.00 | nan ± nan | +nan (+nan to +nan)" in lines[2]
+    assert [line for line in lines if line.startswith("| bytes") and line.endswith("| 0 | 1,000 |  |")]
+
+
 def test_a_rate_at_the_edge_of_the_grid_is_reported():
     tuned = {"ddp": {0.1: 0.9, 0.2: 0.95, 0.4: 0.9}, "dssync": {0.1: 0.9, 0.2: 0.95, 0.4: 0.96}}
     lines = tuning_table(tuned, {"ddp": 0.2, "dssync": 0.4}, "accuracy", 2)
@@ -77,13 +98,14 @@ def test_among_equal_rates_the_middle_one_is_taken():
     assert best_rate({0.05: 0.9, 0.1: 0.9, 0.2: 0.8}) == 0.1
     assert best_rate({0.05: 0.9, 0.1: 0.8, 0.2: 0.9}) in (0.05, 0.2)
     assert best_rate({0.05: 0.7, 0.1: 0.8, 0.2: 0.9}) == 0.2
+    assert best_rate({0.05: math.nan, 0.1: 0.8, 0.2: 0.9}) == 0.2  # it diverged
 
 
 def test_bytes_are_counted_or_computed_or_unknown():
     def configured(target: str) -> object:
-        return OmegaConf.create({"strategy": {"_target_": target}, "trainer": {"devices": 4, "num_nodes": 2}})
+        return OmegaConf.create({"strategy": {"_target_": target}, "trainer": {"devices": "auto"}})
 
-    sizes = {"model/gradient_bytes": 800.0, "model/buffer_bytes": 80.0}
+    sizes = {"model/gradient_bytes": 800.0, "model/buffer_bytes": 80.0, "train/world_size": 8.0}
     ddp = configured("lightning.pytorch.strategies.DDPStrategy")
     assert bytes_per_step(ddp, sizes) == 7 / 8 * (2 * 800 + 80)
     assert bytes_per_step(ddp, {**sizes, "dssync/bytes_sent": 5.0}) == 5
@@ -140,14 +162,12 @@ def test_finished_runs_are_not_repeated(tmp_path, monkeypatch, capsys):
 
     def fake_run(cfg):
         trained.append([cfg.strategy._target_, cfg.model.optimizer.lr, cfg.seed, cfg.callbacks.get("consensus")])
-        return {"val/accuracy": 0.5, "model/gradient_bytes": 8.0, "model/buffer_bytes": 0.0}
+        return {"val/accuracy": 0.5, "model/gradient_bytes": 8.0, "model/buffer_bytes": 0.0, "train/world_size": 4.0}
 
     monkeypatch.setattr("recipes.compare.run", fake_run)
     for _ in range(2):
         study = Study(tmp_path, ["recipe=wide_resnet"], total=2)
         for arm in (Arm.parse("ddp"), Arm.parse("dssync")):
-            if not study.runs:
-                (tmp_path / "ddp-lr0.3-seed7").mkdir()  # as an interrupted run leaves it
             study.train(arm, 0.3, 7, 10, "val/accuracy")
     monitor = {"_target_": "ds_lightning.ConsensusMonitor", "every_n_steps": 10}
     assert trained == [
@@ -160,8 +180,25 @@ def test_finished_runs_are_not_repeated(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(compare, "configure", lambda folder, key: configured(folder, [*key, "trainer.max_epochs=7"]))
     study.train(Arm.parse("ddp"), 0.3, 7, 10, "val/accuracy")  # the recipe has changed
     assert len(trained) == 1
-    assert len(json.loads((tmp_path / "runs.json").read_text())) == 2
-    assert not (tmp_path / "ddp-lr0.3-seed7").exists()
+    runs = json.loads((tmp_path / "runs.json").read_text())
+    assert len(runs) == len({entry["folder"] for entry in runs}) == 2
+
+
+def test_a_folder_that_cannot_be_used_is_one_line(tmp_path):
+    arguments = ["recipe=wide_resnet", "--output"]
+    (tmp_path / "file").touch()
+    (tmp_path / "broken").mkdir()
+    for content in ("[", "{}x", '[{"overrides": 3}]'):
+        (tmp_path / "broken" / "runs.json").write_text(content)
+        with pytest.raises(SystemExit, match=r"error: .*runs\.json is broken\. HINT"):
+            main([*arguments, str(tmp_path / "broken")])
+    with pytest.raises(SystemExit, match=r"error: --output is .*file, which is a file\. HINT"):
+        main([*arguments, str(tmp_path / "file")])
+    with (
+        alone(tmp_path / "busy"),
+        pytest.raises(SystemExit, match=r"error: another comparison.* in .*busy\. HINT"),
+    ):
+        main([*arguments, str(tmp_path / "busy")])
 
 
 @pytest.mark.slow
@@ -233,7 +270,7 @@ def test_an_arm_with_a_learning_rate_of_its_own_is_not_tuned(tmp_path, monkeypat
         trained.append((name, cfg.model.optimizer.lr, cfg.seed))
         results = {"val/accuracy": 0.5, "test/accuracy": 0.5, "train/steps": 1.0, "train/seconds": 1.0}
         results |= {"dssync/bytes_sent": 120.0} if name == "DSSyncStrategy" else {}
-        return {**results, "model/gradient_bytes": 8.0, "model/buffer_bytes": 0.0}
+        return {**results, "model/gradient_bytes": 8.0, "model/buffer_bytes": 0.0, "train/world_size": 4.0}
 
     monkeypatch.setattr("recipes.compare.run", fake_run)
     monkeypatch.setattr("recipes.compare.plot", lambda *args: None)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -190,7 +192,12 @@ def test_hashed_categories_stay_in_their_buckets(text, tmp_path):
         (None, None, "39 columns, but a row has 40"),
         (0, "2", "label is '2', but must be 0 or 1"),
         (0, "", "label is '', but must be 0 or 1"),
-        (3, "1.5", "I3 is '1.5', but must be an integer or empty"),
+        (0, " 1", "label is ' 1', but must be 0 or 1"),
+        (0, "01", "label is '01', but must be 0 or 1"),
+        (2, "0x1F", "I2 is '0x1F', but must be an integer"),
+        (2, "5 ", "I2 is '5 ', but must be an integer"),
+        (2, "9223372036854775807", "I2 is '9223372036854775807', but must be an integer of at most 18 digits"),
+        (3, "1.5", "I3 is '1.5', but must be an integer of at most 18 digits or empty"),
         (13, "99999999999999999999", "I13 is '99999999999999999999', but must be an integer"),
         (14, "68fd1e6", "C1 is '68fd1e6', but must be 8 hexadecimal digits or empty"),
         (39, "68fd1e6g", "C26 is '68fd1e6g', but must be 8 hexadecimal digits or empty"),
@@ -214,6 +221,7 @@ def test_a_malformed_row_is_named(column, value, message, processes, text, tmp_p
 
 def test_what_cannot_be_prepared_is_refused(text, prepared, tmp_path):
     (tmp_path / "empty.txt").touch()
+    (tmp_path / "packed.gz").write_bytes(gzip.compress(text.read_bytes()[:1000]))
     for arguments, message in (
         (["nowhere.txt", str(tmp_path / "out")], r"error: no file .*nowhere\.txt\. HINT: name"),
         ([str(tmp_path / "empty.txt"), str(tmp_path / "out")], r"error: .*empty\.txt is empty\. HINT: "),
@@ -221,6 +229,12 @@ def test_what_cannot_be_prepared_is_refused(text, prepared, tmp_path):
         ([str(text), str(text.parent)], "error: .* is not empty. HINT: choose another"),
         ([str(text), str(tmp_path / "out"), "--threshold", "0"], "error: --threshold is 0, but must be at least 1"),
         ([str(text), str(tmp_path / "out"), "--hash-buckets", "0"], "error: --hash-buckets is 0"),
+        (
+            [str(text), str(tmp_path / "out"), "--hash-buckets", str(2**32)],
+            "--hash-buckets is .* at most 2147483646",
+        ),
+        ([str(text), str(tmp_path / "empty.txt")], r"error: .*empty\.txt is a file\. HINT: name a folder"),
+        ([str(tmp_path / "packed.gz"), str(tmp_path / "out")], r"error: .*packed\.gz is compressed\. HINT: gunzip it"),
     ):
         with pytest.raises(SystemExit, match=message):
             main(["prepare", *arguments])
@@ -228,6 +242,27 @@ def test_what_cannot_be_prepared_is_refused(text, prepared, tmp_path):
     before = contents(prepared)
     assert prepare([text], prepared, rows_per_shard=SHARD)["rows"]["train"] > 0  # done already
     assert contents(prepared) == before
+
+
+@pytest.mark.parametrize("hashed", [{}, {"hash_buckets": 9}], ids=["numbered", "hashed"])
+def test_the_same_command_continues_after_a_row_was_repaired(hashed, text, tmp_path):
+    lines = text.read_text().splitlines(keepends=True)
+    bad, out, options = tmp_path / "bad.txt", tmp_path / "out", {"rows_per_shard": SHARD, **hashed}
+    bad.write_text("".join([*lines[:1500], "2" + lines[1500][1:], *lines[1501:]]))
+    with pytest.raises(ValueError, match=r"bad\.txt, line 1501: label is '2'"):
+        prepare([bad], out, **options)
+    bad.write_text("".join(lines[:1500] + lines[1501:]))
+    prepare([bad], out, **options)
+    prepare([bad], tmp_path / "undisturbed", **options)
+    assert contents(out) == contents(tmp_path / "undisturbed")
+
+
+def test_what_an_interruption_after_the_last_step_left_is_removed(text, prepared, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(prepared, out)
+    (out / "unfinished").mkdir()
+    prepare([text], out, rows_per_shard=SHARD)
+    assert contents(out) == contents(prepared)
 
 
 def test_half_prepared_rows_of_other_options_are_not_mixed(text, tmp_path, monkeypatch):
@@ -267,6 +302,10 @@ def test_folders_that_hold_no_prepared_rows_are_refused(prepared, tmp_path):
     (tmp_path / "criteo.json").write_text(json.dumps(described))
     with pytest.raises(FileNotFoundError, match=r"00000\.parquet is gone\. HINT: copy the whole folder"):
         Criteo(str(tmp_path))
+    for broken in ("", "[]", "{}"):
+        (tmp_path / "criteo.json").write_text(broken)
+        with pytest.raises(ValueError, match=r"criteo\.json is broken\. HINT: copy"):
+            Criteo(str(tmp_path))
     (tmp_path / "criteo.json").write_text(json.dumps(described | {"version": 0}))
     with pytest.raises(ValueError, match=r"prepared by version 0, but this is version 1\. HINT"):
         Criteo(str(tmp_path))

@@ -98,6 +98,15 @@ def test_sparse_tables_have_sparse_gradients_and_the_same_values():
     torch.optim.Adagrad(sparse.parameters()).step()
 
 
+def test_scores_that_are_nan_rank_nothing():
+    task = ClickTask(DeepFM(FIELDS, 4, (8,)), partial(torch.optim.Adam, lr=1e-3))
+    torch.nn.init.constant_(task.net.numeric_weights.bias, torch.nan)
+    labels = torch.tensor([0.0, 1.0, 0.0, 1.0])
+    task._evaluate((*batch(FIELDS, 4), labels), task.val_auc, task.val_logloss)
+    assert task.val_auc.compute() == 0.5
+    assert task.val_logloss.compute().isnan()
+
+
 def test_the_papers_network_has_the_papers_size():
     with torch.device("meta"):
         net = DeepFM(Fields((1000,) * 26, 13))

@@ -19,7 +19,7 @@ from torch.utils.data import DistributedSampler, TensorDataset
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from recipes.data import RecipeData, Shuffle, even_batch_size, shards
-from recipes.images import Cifar, Digits, ImageNet
+from recipes.images import CIFAR_STATISTICS, Cifar, Digits, ImageNet
 from recipes.task import cosine_decay, linear_decay
 from recipes.wide_resnet import ImageClassifier, timm_model, wide_resnet
 from tests.ranks import fit_and_test_on_two_ranks
@@ -100,6 +100,8 @@ def test_shards_by_label_hold_few_labels_and_a_dirichlet_as_many_as_its_paramete
         for part in shards(LABELS, 7, "dirichlet:0.05", seed)[:2]  # the last ones get what the first have left
     ]
     assert 0.7 < np.mean(largest) < 1
+    # However small the parameter: a label that is used up makes room for another one, not for all.
+    assert np.mean(labels_per_worker("dirichlet:1e-9")) < 3
 
 
 @pytest.mark.parametrize(
@@ -116,7 +118,7 @@ def test_samples_are_dealt_out_in_the_order_of_torchs_sampler(epoch):
     dealt = []
     for rank in range(4):
         ours = Shuffle(dataset, 4, rank, seed=3)
-        torchs = DistributedSampler(dataset, 4, rank, seed=3, drop_last=True)
+        torchs: DistributedSampler[object] = DistributedSampler(dataset, 4, rank, seed=3, drop_last=True)
         for sampler in (ours, torchs):
             sampler.set_epoch(epoch)
         dealt += list(ours)
@@ -250,6 +252,38 @@ def test_cifar_reads_torchvisions_files(dataset, classes, train, tmp_path, monke
     indices = [*train_part.indices, *val_part.indices]
     assert sorted(indices) == list(range(train))
     assert torch.equal(val_part[0][0], val_part[0][0])
+
+
+@pytest.mark.parametrize(("classes", "fine"), [(10, 1), (100, 2)])
+def test_cifar_reads_the_binary_version(classes, fine, tmp_path):
+    """Records of one or two label bytes and a red, a green and a blue plane."""
+    names = (
+        [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]
+        if classes == 10
+        else ["train.bin", "test.bin"]
+    )
+    folder = tmp_path / ("cifar-10-batches-bin" if classes == 10 else "cifar-100-binary")
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    records = {name: rng.integers(0, 256, (7, fine + 3072), dtype=np.uint8) for name in names}
+    for name, record in records.items():
+        record[:, fine - 1] %= classes
+        (folder / name).write_bytes(record.tobytes())
+    data = Cifar(str(tmp_path), classes, batch_size=4, num_workers=0)
+    data.setup()
+    assert (len(data.train_set), len(data.test_set)) == (7 * (len(names) - 1), 7)
+    record = records[names[-1]][3]
+    image, label = data.test_set[3]
+    mean, std = (np.array(values).reshape(3, 1, 1) for values in CIFAR_STATISTICS[classes])
+    assert label == record[fine - 1]
+    assert np.allclose(image.numpy() * std + mean, record[fine:].reshape(3, 32, 32) / 255, atol=1e-6)
+    assert next(iter(data.train_dataloader()))[0].shape == (4, 3, 32, 32)
+    (folder / names[0]).write_bytes(b"123")
+    with pytest.raises(ValueError, match=rf"{names[0]} is not of CIFAR-{classes}'s binary version.*HINT"):
+        data.setup()
+    (folder / names[0]).unlink()
+    with pytest.raises(FileNotFoundError, match=rf"no complete CIFAR-{classes} in .*HINT"):
+        data.setup()
 
 
 def test_missing_data_say_where_they_were_looked_for(tmp_path):
