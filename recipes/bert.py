@@ -58,6 +58,8 @@ def tiny(
         max_position_embeddings=max_length,
         hidden_dropout_prob=dropout,
         attention_probs_dropout_prob=dropout,
+        # BERT's 0.02 goes with 768 units; narrower layers need larger weights for outputs of the same size.
+        initializer_range=0.02 * (768 / hidden_size) ** 0.5,
     )
     net: nn.Module = BertForQuestionAnswering(config)
     # Positions start as sinusoids of the usual size, so that neighbours are alike and the next token is learnt sooner.
