@@ -25,8 +25,8 @@ parity: install
 	$(COMPARE) recipe=wide_resnet trainer.devices=8 data.batch_size=8 --seeds 10
 	$(COMPARE) recipe=deepfm data.split_seed=1
 	$(COMPARE) recipe=deepfm data.split_seed=1 trainer.devices=8 data.batch_size=64 --seeds 3
-	$(COMPARE) recipe=bert --arms ddp dssync_adam --lrs 0.003 0.006
-	$(COMPARE) recipe=bert trainer.devices=8 data.batch_size=8 --arms ddp dssync_adam --lrs 0.003 0.006 \
+	$(COMPARE) recipe=bert --arms ddp dssync_adam --lrs 0.003 0.006 0.012
+	$(COMPARE) recipe=bert trainer.devices=8 data.batch_size=8 --arms ddp dssync_adam --lrs 0.003 0.006 0.012 \
 		--tuning-seeds 1 --seeds 3
 
 # Shards sorted by label: what helps, beside what does not. Learning rates are those that `make parity` finds.
