@@ -119,7 +119,7 @@ def test_workers_end_with_their_parent(tmp_path):
         "import time; from recipes.criteo import _workers\n"
         "with _workers(2) as map_: list(map_(print_pid, range(2))); time.sleep(60)"
     )
-    code = f"import os, time\ndef print_pid(i): print(os.getpid(), flush=True); time.sleep(.2)\n{code}"
+    code = f"import os, time\ndef print_pid(i): os.write(1, b'%d\\n' % os.getpid()); time.sleep(.2)\n{code}"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     pids = [int(process.stdout.readline()) for _ in range(2)]

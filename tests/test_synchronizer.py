@@ -280,18 +280,19 @@ def noise_run(rank, groups, steps, optimizer, overlap, gradients_only=False, ave
 
 
 CONFIGURATIONS = [
-    dict(zip(("overlap", "sync_every", "wire_dtype", "average_gradients", "average_optimizer_state"), c, strict=True))
-    for c in itertools.product((True, False), (1, 3), (None, "bf16", "fp16", "int8"), (False, True), ((), True))
+    dict(zip(("sync_every", "wire_dtype", "average_gradients", "average_optimizer_state"), c, strict=True))
+    for c in itertools.product((1, 3), (None, "bf16", "fp16", "int8"), (False, True), ((), True))
 ]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
+@pytest.mark.parametrize("overlap", [True, False], ids=["overlap", "paper"])
 @pytest.mark.parametrize(
     ("schedule", "optimizer"), [(GridSchedule(4, 2), "adam"), (ShuffleSchedule(4, 2), "momentum")], ids=repr
 )
-def test_consensus_distance_stays_bounded_in_every_configuration(schedule, optimizer):
-    """500 steps of pure gradient noise, all 64 combinations of the other options."""
+def test_consensus_distance_stays_bounded_in_every_configuration(schedule, optimizer, overlap):
+    """500 steps of pure gradient noise, all combinations of the other options."""
     state = ("momentum_buffer",) if optimizer == "momentum" else ("exp_avg_sq",)
 
     def run(rank):
@@ -299,8 +300,8 @@ def test_consensus_distance_stays_bounded_in_every_configuration(schedule, optim
         results = []
         for c in CONFIGURATIONS:
             options = {**c, "average_optimizer_state": state if c["average_optimizer_state"] else ()}
-            options["optimizer_state_every"] = 1 if c["overlap"] else 4
-            results.append(noise_run(rank, groups, 500, optimizer, **options))
+            options["optimizer_state_every"] = 1 if overlap else 4
+            results.append(noise_run(rank, groups, 500, optimizer, overlap, **options))
         return results, noise_run(rank, groups, 500, optimizer, overlap=False, gradients_only=True)
 
     results, gradients_only = run_ranks(run, schedule.world_size, timeout=280)[0]
