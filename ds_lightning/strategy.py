@@ -71,7 +71,7 @@ class DSSyncStrategy(DDPStrategy):
         average_optimizer_state: Names of optimizer states to average with the parameters, such as ``("exp_avg_sq",)``
             for Adam on non-IID data.
         optimizer_state_every: Periods of the schedule (rounds until its partitions repeat) of which one averages these
-            states. A second moment changes within about 1,000 steps, so that one period in 8 serves it as well, for an
+            states. A second moment changes within about 1,000 steps, so that one period in 8 should serve it, for an
             eighth of the bytes.
         seed: Seed of random schedules; the same on all ranks.
         **ddp_kwargs: What :class:`~lightning.pytorch.strategies.DDPStrategy` takes besides: ``start_method``,
