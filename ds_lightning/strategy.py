@@ -20,9 +20,11 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.trainer.states import TrainerStatus
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
+from torch.distributed.constants import default_pg_timeout
+from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 from torch.nn import Module, SyncBatchNorm
 from torch.optim import LBFGS, Optimizer
 from typing_extensions import override
@@ -30,6 +32,7 @@ from typing_extensions import override
 from ds_lightning.consensus import broadcast_from_rank_0, consensus_of, consensus_of_optimizer_state
 from ds_lightning.groups import ScheduledGroups, require_agreement
 from ds_lightning.options import check_bool, check_ddp_kwargs, check_group_size_alone
+from ds_lightning.preemption import StopSignals
 from ds_lightning.schedule import (
     GridSchedule,
     Schedule,
@@ -116,6 +119,8 @@ class DSSyncStrategy(DDPStrategy):
         self._positions: list[dict[str, int]] = []  # in the schedule, per optimizer: of a checkpoint or an earlier fit
         self._no_loss = False
         self._stepping = False  # an optimizer's step has begun: its closure is running
+        self._signals: StopSignals | None = None
+        self._fits = 0
         self.timed = False  # set by ConsensusMonitor: only then is the time of averages taken
 
     # ---- set-up -----------------------------------------------------------------------------------------------------
@@ -123,6 +128,10 @@ class DSSyncStrategy(DDPStrategy):
     @override
     def setup_distributed(self) -> None:
         self.set_world_ranks()
+        assert self.lightning_module is not None
+        trainer = self.lightning_module.trainer
+        if self.world_size > 1 and trainer.state.fn == TrainerFn.FITTING:
+            self._signals = StopSignals(trainer, self.cluster_environment)
         error = None
         if self.world_size > 1:
             try:
@@ -149,6 +158,13 @@ class DSSyncStrategy(DDPStrategy):
         if self._groups is None:
             self._groups = ScheduledGroups(self._schedule, self._timeout)
             rank_zero_info(f"dssync: {_describe(self._schedule, self._groups.period)}.")
+        if self._signals is not None:
+            self._fits += 1
+            # A connection of its own: a call that waits for another rank's word would hold up the thread that watches.
+            store = _get_default_store()
+            store = store.clone() if hasattr(store, "clone") else store
+            timeout = (self._timeout or default_pg_timeout).total_seconds()
+            self._signals.start(PrefixStore(f"dssync: stop {self._fits}", store), timeout)
         if self.optimizer_state_every > 1 and not self.average_optimizer_state:
             rank_zero_warn(
                 f"dssync: optimizer_state_every={self.optimizer_state_every} has no effect: there is no"
