@@ -26,8 +26,8 @@ parity: install
 	$(COMPARE) recipe=deepfm data.split_seed=1
 	$(COMPARE) recipe=deepfm data.split_seed=1 trainer.devices=8 data.batch_size=64 --seeds 3
 	$(COMPARE) recipe=bert data.split_seed=1 --arms ddp dssync_adam --lrs 0.003 0.006 0.012
-	$(COMPARE) recipe=bert data.split_seed=1 trainer.devices=8 data.batch_size=8 --arms ddp dssync_adam --lrs 0.003 0.006 0.012 \
-		--tuning-seeds 1 --seeds 3
+	$(COMPARE) recipe=bert data.split_seed=1 trainer.devices=8 data.batch_size=8 --lrs 0.003 0.006 0.012 \
+		--tuning-seeds 1 --seeds 3 --arms ddp dssync_adam="strategy=dssync_adam strategy.overlap=false"
 
 # Shards sorted by label: what helps, beside what does not, at fixed learning rates.
 NON_IID := data.partition=by_label --seeds 3 --arms
@@ -36,7 +36,8 @@ IMAGES := model.net.norm=group $(NON_IID) ddp plain=strategy=dssync \
 CLICKS := data.split_seed=1 $(NON_IID) ddp="strategy=ddp model.optimizer.lr=0.001" \
 	plain="strategy=dssync model.optimizer.lr=0.002" \
 	recommended="strategy=dssync_adam strategy.average_gradients=true model.optimizer.lr=0.002"
-QUESTIONS := data.split_seed=1 $(NON_IID) ddp="strategy=ddp model.optimizer.lr=0.003" plain="strategy=dssync model.optimizer.lr=0.006" \
+QUESTIONS := data.split_seed=1 $(NON_IID) ddp="strategy=ddp model.optimizer.lr=0.006" \
+	plain="strategy=dssync model.optimizer.lr=0.006" \
 	recommended="strategy=dssync_adam strategy.average_gradients=true model.optimizer.lr=0.006"
 shards: install
 	$(COMPARE) recipe=wide_resnet $(IMAGES)
