@@ -21,6 +21,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
@@ -214,7 +215,9 @@ class StopSignals:
             original(signum, None)
         elif signum == self._requeue and self._slurm is not None and self._slurm.auto_requeue:
             _requeue_job()
-        raise SIGTERMException
+        # A program that forked or spawned the ranks waits for their results, unless they end with an error.
+        forked = isinstance(self._trainer.strategy.launcher, _MultiProcessingLauncher)
+        raise SIGTERMException(128 + signum if forked else None)
 
 
 @rank_zero_only

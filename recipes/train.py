@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -20,7 +21,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.callbacks import ProgressBar
 from omegaconf import DictConfig
 from torch import nn
-from torch.multiprocessing.spawn import ProcessRaisedException
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
 import ds_lightning  # noqa: F401  (registers the strategy names)
 
@@ -87,6 +88,10 @@ def main(cfg: DictConfig) -> float:
     """Trains, prints the results and writes them to `results.json` in the run's output directory."""
     try:
         results = train(cfg)
+    except ProcessExitedException as error:
+        if error.exit_code in (128 + signal.SIGTERM, 128 + signal.SIGUSR1):  # forked ranks have saved, and said so
+            sys.exit(error.exit_code)
+        raise
     except Exception as error:
         if "HYDRA_FULL_ERROR" in os.environ or not (message := one_line(error)):
             raise

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch.multiprocessing.spawn import ProcessExitedException
 from torch.utils.data import DataLoader
 
 from ds_lightning import DSSyncStrategy
@@ -96,10 +97,10 @@ class SignalAt(pl.Callback):
     """Sends this process a signal, so many seconds after fit was called."""
 
     def __init__(self, signum, seconds):
-        self.timer = threading.Timer(seconds, os.kill, (os.getpid(), signum))
+        self.signum, self.seconds = signum, seconds
 
     def setup(self, trainer, pl_module, stage):
-        self.timer.start()
+        threading.Timer(self.seconds, os.kill, (os.getpid(), self.signum)).start()
 
 
 def fit_until_a_signal(rank, folder, module, callbacks, plugins=(), **options):
@@ -165,6 +166,17 @@ def test_a_stopped_fit_goes_on_where_it_was(tmp_path):
         return trainer.global_step
 
     assert run_ranks(second, 4) == [8 * 12] * 4
+
+
+def test_forked_workers_end_the_program_that_waits_for_them(tmp_path):
+    """Which would wait for their results forever if they ended well."""
+    strategy = DSSyncStrategy(start_method="fork", timeout=timedelta(seconds=20))
+    options = {"devices": 2, "max_epochs": 1000, "default_root_dir": str(tmp_path), "accelerator": "cpu"}
+    trainer = trainer_for(0, [SignalAt(signal.SIGUSR1, 0.3)], strategy, **options)
+    with pytest.raises(ProcessExitedException) as caught:
+        trainer.fit(Slow(0.01), DataLoader(RankData(0, 12), batch_size=None))
+    assert caught.value.exit_code == 128 + signal.SIGUSR1
+    assert (tmp_path / "hpc_ckpt_1.ckpt").exists()
 
 
 @pytest.mark.parametrize("earlier", [False, True], ids=["scontrol", "submitit"])
