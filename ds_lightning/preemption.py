@@ -8,6 +8,7 @@ made with.
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import socket
@@ -16,6 +17,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
+from datetime import timedelta
 from types import FrameType
 from typing import Any
 
@@ -25,7 +27,7 @@ from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcess
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
-from torch.distributed.distributed_c10d import Store
+from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
 
 Handler = Callable[[int, FrameType | None], Any] | int | None
 
@@ -84,7 +86,7 @@ class StopAgreement:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        self._thread.join()
+        self._thread.join(5)  # it may be waiting for a store whose server hangs
         return self.why
 
     def _watch(self) -> None:
@@ -147,6 +149,7 @@ class StopSignals:
 
     # Lightning asks at places that ranks do not reach together, and would end this rank alone.
     received_sigterm = False
+    _fits = itertools.count()  # of this process: the store may outlive trainers and strategies
 
     def __init__(self, trainer: pl.Trainer, environment: object) -> None:
         self._trainer = trainer
@@ -169,9 +172,14 @@ class StopSignals:
                     self._originals[signum] = handler
                     signal.signal(signum, self._note)
 
-    def start(self, store: Store, timeout: float) -> None:
-        """Let ranks agree from here on; `store` has keys that no other fit uses."""
-        self._agreement = StopAgreement(store, self._trainer.global_rank, self._trainer.world_size, timeout)
+    def start(self, timeout: timedelta) -> None:
+        """Let ranks agree from here on; the process groups must exist."""
+        store = _get_default_store()
+        # A connection of its own: a call that waits for another rank's word would hold up the thread that watches.
+        store = store.clone() if hasattr(store, "clone") else store
+        store = PrefixStore(f"dssync: stop {next(self._fits)}", store)
+        rank, world_size = self._trainer.global_rank, self._trainer.world_size
+        self._agreement = StopAgreement(store, rank, world_size, timeout.total_seconds())
         if self._why is not None:  # came before; a later one is noted there as well
             self._agreement.why = self._why
         # Called before every batch; by default it broadcasts.

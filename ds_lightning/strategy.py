@@ -24,7 +24,6 @@ from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.distributed.constants import default_pg_timeout
-from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 from torch.nn import Module, SyncBatchNorm
 from torch.optim import LBFGS, Optimizer
 from typing_extensions import override
@@ -120,7 +119,6 @@ class DSSyncStrategy(DDPStrategy):
         self._no_loss = False
         self._stepping = False  # an optimizer's step has begun: its closure is running
         self._signals: StopSignals | None = None
-        self._fits = 0
         self.timed = False  # set by ConsensusMonitor: only then is the time of averages taken
 
     # ---- set-up -----------------------------------------------------------------------------------------------------
@@ -159,12 +157,7 @@ class DSSyncStrategy(DDPStrategy):
             self._groups = ScheduledGroups(self._schedule, self._timeout)
             rank_zero_info(f"dssync: {_describe(self._schedule, self._groups.period)}.")
         if self._signals is not None:
-            self._fits += 1
-            # A connection of its own: a call that waits for another rank's word would hold up the thread that watches.
-            store = _get_default_store()
-            store = store.clone() if hasattr(store, "clone") else store
-            timeout = (self._timeout or default_pg_timeout).total_seconds()
-            self._signals.start(PrefixStore(f"dssync: stop {self._fits}", store), timeout)
+            self._signals.start(self._timeout or default_pg_timeout)
         if self.optimizer_state_every > 1 and not self.average_optimizer_state:
             rank_zero_warn(
                 f"dssync: optimizer_state_every={self.optimizer_state_every} has no effect: there is no"

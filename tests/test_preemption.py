@@ -219,6 +219,8 @@ def test_a_signal_in_the_last_batch_changes_nothing(tmp_path):
             warnings.simplefilter("always")
             callbacks = [SignalInLastBatch()] if rank == 1 else []
             end = fit_until_a_signal(rank, str(tmp_path), Slow(), callbacks, max_epochs=1)
+            again = fit_until_a_signal(rank, str(tmp_path), Slow(0.1), [], max_epochs=1)
+            assert again == end
         return end, [str(w.message) for w in caught if "after the last batch" in str(w.message)]
 
     ends = run_ranks(run, 2)
