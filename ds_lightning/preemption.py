@@ -93,7 +93,9 @@ class StopAgreement:
         try:
             if self._requested():
                 self._agree()
-        except RuntimeError as error:  # the store's server ended
+        except (
+            Exception
+        ) as error:  # most likely the store's server ended; whatever it is, nobody must wait for this thread
             with self._changed:
                 if not self._closed:
                     self._error = f"Rank {self.rank} lost the store in which ranks agree to stop: {error}"
