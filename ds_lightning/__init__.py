@@ -6,6 +6,8 @@ Importing this package registers the strategies ``dssync``, ``dssync_spawn``, ``
 from lightning.pytorch.strategies import StrategyRegistry
 
 from ds_lightning.callbacks import ConsensusMonitor as ConsensusMonitor
+from ds_lightning.checkpoint import AtomicCheckpointIO as AtomicCheckpointIO
+from ds_lightning.checkpoint import BackgroundCheckpointIO as BackgroundCheckpointIO
 from ds_lightning.groups import ScheduledGroups as ScheduledGroups
 from ds_lightning.schedule import GridSchedule as GridSchedule
 from ds_lightning.schedule import Schedule as Schedule

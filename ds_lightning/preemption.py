@@ -215,6 +215,7 @@ class StopSignals:
         path = self._trainer._checkpoint_connector.hpc_save_path(self._trainer.default_root_dir)
         path = self._trainer.strategy.broadcast(path)
         self._trainer.save_checkpoint(path)
+        self._trainer.strategy.checkpoint_io.teardown()  # waits for one that writes in the background
         rank_zero_info(
             f"dssync: {why}: saved {path} after step {self._trainer.global_step}, and ending. A job that Slurm requeues"
             " goes on there; elsewhere pass it to fit as ckpt_path."

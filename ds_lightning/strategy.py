@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.strategies.registry import _StrategyRegistry
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.fabric.utilities.data import _set_sampler_epoch
@@ -19,6 +21,7 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
     WeightAveraging,
 )
+from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
@@ -28,8 +31,10 @@ from torch.nn import Module, SyncBatchNorm
 from torch.optim import LBFGS, Optimizer
 from typing_extensions import override
 
+from ds_lightning.checkpoint import AtomicCheckpointIO, require_resumable, resume
 from ds_lightning.consensus import broadcast_from_rank_0, consensus_of, consensus_of_optimizer_state
 from ds_lightning.groups import ScheduledGroups, require_agreement
+from ds_lightning.launchers import ProcessLauncher, ScriptLauncher
 from ds_lightning.options import check_bool, check_ddp_kwargs, check_group_size_alone
 from ds_lightning.preemption import StopSignals
 from ds_lightning.schedule import (
@@ -119,9 +124,17 @@ class DSSyncStrategy(DDPStrategy):
         self._no_loss = False
         self._stepping = False  # an optimizer's step has begun: its closure is running
         self._signals: StopSignals | None = None
+        self.asked_for: Any = None  # as ckpt_path
         self.timed = False  # set by ConsensusMonitor: only then is the time of averages taken
 
     # ---- set-up -----------------------------------------------------------------------------------------------------
+
+    @override
+    def _configure_launcher(self) -> None:
+        if self._start_method == "popen":
+            self._launcher = ScriptLauncher(self)
+        else:
+            self._launcher = ProcessLauncher(self, self._start_method)
 
     @override
     def setup_distributed(self) -> None:
@@ -130,6 +143,9 @@ class DSSyncStrategy(DDPStrategy):
         trainer = self.lightning_module.trainer
         if self.world_size > 1 and trainer.state.fn == TrainerFn.FITTING:
             self._signals = StopSignals(trainer, self.cluster_environment)
+        if self._start_method == "fork":
+            # torch replaces the thread pool it inherited at the first use, which two threads at once do not survive.
+            torch.set_num_threads(torch.get_num_threads())
         error = None
         if self.world_size > 1:
             try:
@@ -141,6 +157,9 @@ class DSSyncStrategy(DDPStrategy):
         super().setup_distributed()
         if self.world_size > 1:
             require_agreement("the strategy's options", self._options(), error)
+        connector = trainer._checkpoint_connector
+        if "resume_start" not in vars(connector):
+            connector.resume_start = partial(self._resume_start, connector.resume_start)  # type: ignore[method-assign]
 
     @override
     def configure_ddp(self) -> None:
@@ -381,6 +400,30 @@ class DSSyncStrategy(DDPStrategy):
                 consensus_of_optimizer_state(optimizer)
             self._adopt_rank_0s_settings()
         return super().lightning_module_state_dict()
+
+    @property
+    @override
+    def checkpoint_io(self) -> CheckpointIO:
+        if self._checkpoint_io is None:
+            self._checkpoint_io = AtomicCheckpointIO()
+        elif isinstance(self._checkpoint_io, _WrappingCheckpointIO):
+            self._checkpoint_io.checkpoint_io = AtomicCheckpointIO()  # unless it has one
+        return self._checkpoint_io
+
+    @checkpoint_io.setter
+    def checkpoint_io(self, io: CheckpointIO | None) -> None:
+        self._checkpoint_io = io
+
+    def _resume_start(self, resume_start: Callable[..., None], path: Any, weights_only: bool | None = None) -> None:
+        assert self.lightning_module is not None
+        resume(self.lightning_module.trainer, resume_start, path, weights_only, self.asked_for)
+
+    @override
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        assert self.lightning_module is not None
+        checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
+        require_resumable(checkpoint, checkpoint_path, self.lightning_module.trainer.state.fn == TrainerFn.FITTING)
+        return checkpoint
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:

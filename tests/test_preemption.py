@@ -170,15 +170,42 @@ def test_a_stopped_fit_goes_on_where_it_was(tmp_path):
     assert run_ranks(second, 4) == [(steps, 8 * 12)] * 4
 
 
-def test_forked_workers_end_the_program_that_waits_for_them(tmp_path):
-    """Which would wait for their results forever if they ended well."""
+@pytest.mark.parametrize("signum", HANDLED)
+@pytest.mark.parametrize("whom", ["worker", "parent"])
+def test_forked_workers_end_the_program_that_waits_for_them(whom, signum, tmp_path):
+    """Which would wait for their results forever if they ended well; a signal to itself it passes on."""
     strategy = DSSyncStrategy(start_method="fork", timeout=timedelta(seconds=20))
     options = {"devices": 2, "max_epochs": 1000, "default_root_dir": str(tmp_path), "accelerator": "cpu"}
-    trainer = trainer_for(0, [SignalAt(signal.SIGUSR1, 0.3)], strategy, **options)
+    callback = SignalAt(signum, 0.3) if whom == "worker" else SignalParent(signum)
+    trainer = trainer_for(0, [callback], strategy, **options)
+    before = [signal.getsignal(s) for s in HANDLED]
     with pytest.raises(ProcessExitedException) as caught:
         trainer.fit(Slow(0.01), DataLoader(RankData(0, 12), batch_size=None))
-    assert caught.value.exit_code == 128 + signal.SIGUSR1
+    assert caught.value.exit_code == 128 + signum
     assert (tmp_path / "hpc_ckpt_1.ckpt").exists()
+    assert [signal.getsignal(s) for s in HANDLED] == before
+
+
+class SignalParent(pl.Callback):
+    def __init__(self, signum):
+        self.signum = signum
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_rank == 1 and trainer.global_step == 5:
+            os.kill(os.getppid(), self.signum)
+
+
+def test_after_the_workers_signals_do_what_they_did(tmp_path):
+    strategy = DSSyncStrategy(start_method="fork")
+    trainer = trainer_for(0, [], strategy, devices=1, accelerator="cpu", default_root_dir=str(tmp_path))
+    heard = []
+    original = signal.signal(signal.SIGUSR1, lambda *_: heard.append(1))
+    try:
+        trainer.fit(Slow(), DataLoader(RankData(0, 2), batch_size=None))
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert heard == [1]
+    finally:
+        signal.signal(signal.SIGUSR1, original)
 
 
 @pytest.mark.parametrize("earlier", [False, True], ids=["scontrol", "submitit"])
