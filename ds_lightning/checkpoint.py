@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol, get_filesystem
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from typing_extensions import override
 
@@ -178,8 +179,9 @@ def resume(
 ) -> None:
     """In the place of the ``resume_start`` of Lightning's connector: all ranks resume from one file, or none does.
 
-    Where the file was asked for as ``"last"`` or ``"hpc"``, or found without being asked for, rank 0 decides, and one
-    that is not whole gives way to the newest other in its folder or a ``ModelCheckpoint``'s that is.
+    Where the file was asked for as ``"last"`` or ``"hpc"``, or found without being asked for, rank 0 decides. It takes
+    the newest that a stop or ``ModelCheckpoint(save_last=True)`` left (for ``"hpc"``, a stop), and if that is not
+    whole, the newest whole checkpoint in their folders.
 
     Args:
         trainer: Whose process group exists.
@@ -193,37 +195,22 @@ def resume(
         ValueError: On every rank alike, if no file is whole, or a rank cannot read it.
     """
     rank, ranks = trainer.global_rank, trainer.world_size
+    decides = asked in (None, "last", "hpc") and not trainer._checkpoint_connector._user_managed
     paths = [path] * ranks
     if ranks > 1:
         dist.all_gather_object(paths, path)
-    if paths == [None] * ranks:
+    if paths == [None] * ranks and asked != "last":
         resume_start(path, weights_only=weights_only)
         return
-    connector = trainer._checkpoint_connector
-    decides = asked in (None, "last", "hpc") and not connector._user_managed
-    if paths[0] is None:
-        others = [r for r in range(ranks) if paths[r] is not None]
-        raise ValueError(
-            f"Ranks {others} found the checkpoint {paths[others[0]]} and rank 0 none. HINT: all ranks need the same"
-            " folder (default_root_dir, or dirpath of ModelCheckpoint)."
-        )
-    path = paths[0] if decides else path
     outcome: list[Any] = [path, []]  # the file, or what to raise; why others were skipped
     if rank == 0:
-        skipped: list[str] = []
-        for candidate in [path, *(_newest(trainer, path) if decides else [])]:
-            try:
-                resume_start(candidate, weights_only=weights_only)
-                outcome = [candidate, skipped]
-                break
-            except CheckpointError as error:
-                skipped.append(str(error))
-            except Exception as error:  # its own class may not travel
-                kind = next(c for c in (FileNotFoundError, ValueError, RuntimeError, Exception) if isinstance(error, c))
-                outcome = [kind(str(error)), skipped]
-                break
-        else:
-            outcome = [ValueError(" ".join(skipped)), []]
+        outcome = _load_first(_candidates(trainer, path, asked) if decides else [path], resume_start, weights_only)
+        if outcome[0] is None and any(paths):
+            others = [r for r in range(ranks) if paths[r] is not None]
+            outcome[0] = ValueError(
+                f"Ranks {others} found the checkpoint {paths[others[0]]} and rank 0 none. HINT: all ranks need the same"
+                " folder (default_root_dir, or dirpath of ModelCheckpoint)."
+            )
     if ranks > 1:
         dist.broadcast_object_list(outcome, src=0)
     chosen, skipped = outcome
@@ -241,16 +228,39 @@ def resume(
         require_agreement("being able to read the checkpoint", None, problem)
 
 
-def _newest(trainer: pl.Trainer, path: Any) -> list[str]:
-    """The other checkpoint files that there are, from the newest on."""
-    folders = {os.path.dirname(path), *(getattr(c, "dirpath", None) for c in trainer.checkpoint_callbacks)} - {None}
-    found = {}
-    for folder in folders:
+def _load_first(candidates: list[Any], resume_start: Callable[..., None], weights_only: bool | None) -> list[Any]:
+    """The first of ``candidates`` that is whole, loaded, or what to raise, or None of none; and why not the others."""
+    skipped: list[str] = []
+    for candidate in candidates:
+        try:
+            resume_start(candidate, weights_only=weights_only)
+            return [candidate, skipped]
+        except CheckpointError as error:
+            skipped.append(str(error))
+        except Exception as error:  # its own class may not travel
+            kind = next(c for c in (FileNotFoundError, ValueError, RuntimeError, Exception) if isinstance(error, c))
+            return [kind(str(error)), skipped]
+    if skipped:
+        return [ValueError(" ".join(skipped)), []]
+    resume_start(None, weights_only=weights_only)
+    return [None, []]
+
+
+def _candidates(trainer: pl.Trainer, path: Any, asked: Any) -> list[str]:
+    """Which file to resume from, and then what else there is, from the newest on."""
+    kept = {os.path.dirname(path)} if path is not None else set()
+    kept |= {c.dirpath for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.dirpath}
+    files: dict[str, float] = {}
+    for folder in {*map(str, kept), trainer.default_root_dir}:
         fs = get_filesystem(folder)
-        if fs.isdir(folder):
-            found.update({f: fs.modified(f) for f in fs.ls(folder, detail=False) if str(f).endswith(".ckpt")})
-    found.pop(os.path.abspath(path), None)
-    return sorted(found, key=lambda f: found[f], reverse=True)
+        for file in fs.ls(folder, detail=False) if fs.isdir(folder) else []:
+            name = os.path.basename(file)
+            if re.fullmatch(r"hpc_ckpt_\d+.ckpt" if folder not in kept else r".*\.ckpt", name):
+                files[str(file)] = fs.modified(file).timestamp()
+    ordered = sorted(files, key=lambda file: files[file], reverse=True)
+    first = r"hpc_ckpt_\d+.ckpt" if asked == "hpc" else r"(hpc_ckpt_\d+|last.*).ckpt"
+    chosen = [file for file in ordered if re.fullmatch(first, os.path.basename(file))][:1]
+    return [*chosen, *(file for file in ordered if file not in chosen)] if chosen or path is not None else []
 
 
 def require_resumable(checkpoint: Any, path: Any, fit: bool) -> None:

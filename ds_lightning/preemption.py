@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
@@ -28,6 +28,9 @@ from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
+
+if TYPE_CHECKING:
+    from ds_lightning.strategy import DSSyncStrategy
 
 Handler = Callable[[int, FrameType | None], Any] | int | None
 
@@ -153,9 +156,11 @@ class StopSignals:
     received_sigterm = False
     _fits = itertools.count()  # of this process: the store may outlive trainers and strategies
 
-    def __init__(self, trainer: pl.Trainer, environment: object) -> None:
+    def __init__(self, trainer: pl.Trainer, strategy: DSSyncStrategy) -> None:
         self._trainer = trainer
+        self._strategy = strategy
         self._replaced = trainer._signal_connector
+        environment = strategy.cluster_environment
         self._slurm = environment if isinstance(environment, SLURMEnvironment) else None
         requeue = None if self._slurm is None else self._slurm.requeue_signal
         self._requeue = signal.SIGUSR1 if requeue is None else requeue
@@ -190,9 +195,10 @@ class StopSignals:
     def stop_if_agreed(self) -> None:
         """Between two batches: save, and end the program, if that was agreed on."""
         assert self._agreement is not None
+        self._strategy.before_batch()
         done, self._batches = self._batches, self._batches + 1
         why = self._agreement.reached(done)
-        if why is not None and not self._trainer.fit_loop._should_accumulate():
+        if why is not None and not self._trainer.fit_loop._should_accumulate() and self._strategy.can_stop:
             self._stop(why)
 
     def teardown(self) -> None:
@@ -213,9 +219,8 @@ class StopSignals:
 
     def _stop(self, why: str) -> None:
         path = self._trainer._checkpoint_connector.hpc_save_path(self._trainer.default_root_dir)
-        path = self._trainer.strategy.broadcast(path)
-        self._trainer.save_checkpoint(path)
-        self._trainer.strategy.checkpoint_io.teardown()  # waits for one that writes in the background
+        path = self._strategy.broadcast(path)
+        self._strategy.save_stopped(path)
         rank_zero_info(
             f"dssync: {why}: saved {path} after step {self._trainer.global_step}, and ending. A job that Slurm requeues"
             " goes on there; elsewhere pass it to fit as ckpt_path."
@@ -227,7 +232,7 @@ class StopSignals:
         elif signum == self._requeue and self._slurm is not None and self._slurm.auto_requeue:
             _requeue_job()
         # A program that forked or spawned the ranks waits for their results, unless they end with an error.
-        forked = isinstance(self._trainer.strategy.launcher, _MultiProcessingLauncher)
+        forked = isinstance(self._strategy.launcher, _MultiProcessingLauncher)
         raise SIGTERMException(128 + signum if forked else None)
 
 

@@ -50,24 +50,25 @@ class TouchedRows:
     def __init__(self, tables: list[Tensor], wire: torch.dtype, schedule: Schedule, channel: int) -> None:
         self.tables = tables
         self._wire, self._channel = wire, channel
+        # For every row of each table, the rounds for which it must be sent yet.
+        self.due: list[Tensor] = []
         # Rounds to exact consensus; 0: it is never exact.
         self._rounds = len(schedule.dims) if isinstance(schedule, GridSchedule) else 0
-        self._due: list[Tensor] = []
         self._running: _RunningRows | None = None
         self.bytes_sent = 0  # by the latest average
         self.agreed()
 
     def agreed(self) -> None:
         """All ranks have the same tables. What may be under way in a lane keeps the old counts."""
-        self._due = [torch.zeros(len(table), dtype=torch.uint8, device=table.device) for table in self.tables]
+        self.due = [torch.zeros(len(table), dtype=torch.uint8, device=table.device) for table in self.tables]
 
     def touch_all(self) -> None:
         """An average under way was forgotten: any row may differ."""
-        self._due = [torch.full_like(due, max(self._rounds, 1)) for due in self._due]
+        self.due = [torch.full_like(due, max(self._rounds, 1)) for due in self.due]
 
     def touch(self, optimizer: Optimizer) -> None:
         """Note the rows that the coming (or last) update moves, by the gradients that it reads."""
-        for table, due in zip(self.tables, self._due, strict=True):
+        for table, due in zip(self.tables, self.due, strict=True):
             # A momentum moves rows on after their gradients.
             for moved in (table.grad, optimizer.state.get(table, {}).get("momentum_buffer")):
                 if moved is not None and moved.layout == torch.strided:
@@ -78,7 +79,7 @@ class TouchedRows:
     def start(self, members: Group, group: dist.ProcessGroup, lane: Lane) -> None:
         """Start averaging over ``members``."""
         self.bytes_sent = 0  # not known before the members have said what they have
-        self._running = _RunningRows(self.tables, self._due, self._rounds > 0, self._wire, self._channel)
+        self._running = _RunningRows(self.tables, self.due, self._rounds > 0, self._wire, self._channel)
         self._running.start(members, group, lane)
 
     def finish(self) -> None:

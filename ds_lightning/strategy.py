@@ -37,6 +37,7 @@ from ds_lightning.groups import ScheduledGroups, require_agreement
 from ds_lightning.launchers import ProcessLauncher, ScriptLauncher
 from ds_lightning.options import check_bool, check_ddp_kwargs, check_group_size_alone
 from ds_lightning.preemption import StopSignals
+from ds_lightning.replica import load_replica, remove_older, restore_replica, save_replica
 from ds_lightning.schedule import (
     GridSchedule,
     Schedule,
@@ -81,6 +82,8 @@ class DSSyncStrategy(DDPStrategy):
             states. A second moment changes within about 1,000 steps, so that one period in 8 should serve it, for an
             eighth of the bytes.
         seed: Seed of random schedules; the same on all ranks.
+        save_replicas: When a signal stops a run, save every rank's own replica beside the checkpoint, so that the
+            resumed run equals the undisturbed one bit for bit: as much disk as N checkpoints, until the next stop.
         **ddp_kwargs: What :class:`~lightning.pytorch.strategies.DDPStrategy` takes besides: ``start_method``,
             ``timeout`` (also of every group), ``process_group_backend``, ``cluster_environment`` and so on. Options of
             ``DistributedDataParallel`` itself have nothing to act on here and warn.
@@ -102,6 +105,7 @@ class DSSyncStrategy(DDPStrategy):
         average_optimizer_state: Sequence[str] = (),
         optimizer_state_every: int = 1,
         seed: int = 0,
+        save_replicas: bool = False,
         **ddp_kwargs: Any,
     ) -> None:
         own = set(inspect.signature(DSSyncStrategy.__init__).parameters) - {"self", "ddp_kwargs"}
@@ -117,6 +121,7 @@ class DSSyncStrategy(DDPStrategy):
         self.average_optimizer_state = check_state_names(average_optimizer_state)
         self.optimizer_state_every = positive_int("optimizer_state_every", optimizer_state_every)
         self.seed = as_int("seed", seed)
+        self.save_replicas = check_bool("save_replicas", save_replicas)
         self.synchronizers: list[DSSynchronizer] = []
         self._schedule: Schedule | None = None  # the one in use, once the world size is known
         self._groups: ScheduledGroups | None = None
@@ -125,6 +130,8 @@ class DSSyncStrategy(DDPStrategy):
         self._stepping = False  # an optimizer's step has begun: its closure is running
         self._signals: StopSignals | None = None
         self.asked_for: Any = None  # as ckpt_path
+        self._mark: str | None = None  # of the replicas beside the checkpoint that is being saved
+        self._replica: dict[str, Any] | None = None  # read, and to be restored before the first batch
         self.timed = False  # set by ConsensusMonitor: only then is the time of averages taken
 
     # ---- set-up -----------------------------------------------------------------------------------------------------
@@ -142,7 +149,7 @@ class DSSyncStrategy(DDPStrategy):
         assert self.lightning_module is not None
         trainer = self.lightning_module.trainer
         if self.world_size > 1 and trainer.state.fn == TrainerFn.FITTING:
-            self._signals = StopSignals(trainer, self.cluster_environment)
+            self._signals = StopSignals(trainer, self)
         if self._start_method == "fork":
             # torch replaces the thread pool it inherited at the first use, which two threads at once do not survive.
             torch.set_num_threads(torch.get_num_threads())
@@ -170,7 +177,7 @@ class DSSyncStrategy(DDPStrategy):
             rank_zero_info("dssync: the world size is 1, so there is nothing to synchronize.")
             return
         assert self._schedule is not None
-        for model in [module, *self._averaged_models()]:  # an average model is a copy of each rank's own first values
+        for model in self.averaged_modules():  # an average model is a copy of each rank's own first values
             broadcast_from_rank_0(model)
         if self._groups is None:
             self._groups = ScheduledGroups(self._schedule, self._timeout)
@@ -219,6 +226,7 @@ class DSSyncStrategy(DDPStrategy):
             "average_gradients": self.average_gradients,
             "average_optimizer_state": self.average_optimizer_state,
             "optimizer_state_every": self.optimizer_state_every,
+            "save_replicas": self.save_replicas,
         }
 
     def _make_schedule(self) -> Schedule:
@@ -258,9 +266,12 @@ class DSSyncStrategy(DDPStrategy):
         self.synchronizers.append(synchronizer)
         return synchronizer
 
-    def _positions_now(self) -> list[dict[str, int]]:
+    def synchronizers_in_order(self) -> list[DSSynchronizer]:
         """In the order of Lightning's optimizers, whose first steps may have come in any other."""
-        return [self._synchronizer(optimizer).state_dict() for optimizer in self.optimizers]
+        return [self._synchronizer(optimizer) for optimizer in self.optimizers]
+
+    def _positions_now(self) -> list[dict[str, int]]:
+        return [synchronizer.state_dict() for synchronizer in self.synchronizers_in_order()]
 
     @override
     def process_dataloader(self, dataloader: object) -> object:
@@ -382,7 +393,7 @@ class DSSyncStrategy(DDPStrategy):
         assert self.lightning_module is not None
         for synchronizer in self.synchronizers:
             synchronizer.discard()
-        consensus_of([self.lightning_module, *self._averaged_models()])
+        consensus_of(self.averaged_modules())
         for synchronizer in self.synchronizers:
             synchronizer.on_consensus()
         self._warn_of_different_learning_rates()
@@ -432,6 +443,7 @@ class DSSyncStrategy(DDPStrategy):
                 "world_size": self.world_size,
                 "schedule": repr(self._groups.schedule),
                 "positions": self._positions_now(),
+                "replicas": self._mark,
             }
         super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
 
@@ -448,6 +460,45 @@ class DSSyncStrategy(DDPStrategy):
                 f"dssync: resuming a checkpoint of {saved['world_size']} ranks with {saved['schedule']} on"
                 f" {self.world_size} with {now}{'' if self._groups is None else ', which goes on at the same step'}."
             )
+        elif saved.get("replicas") and self._groups is not None:
+            assert self.lightning_module is not None
+            self._replica = load_replica(self, self.lightning_module.trainer.ckpt_path, saved["replicas"])
+
+    # ---- stops ------------------------------------------------------------------------------------------------------
+
+    def before_batch(self) -> None:
+        """Called before every batch of a fit on several ranks."""
+        if self._replica is not None:
+            restore_replica(self, self._replica)
+            self._replica = None
+
+    @property
+    def can_stop(self) -> bool:
+        """Whether no average is under way that a replica's file would lack; the same on all ranks."""
+        between = all(s.step % self.sync_every == 0 and not s.started for s in self.synchronizers)
+        return between or not self.save_replicas
+
+    def save_stopped(self, path: str) -> None:
+        """The checkpoint that a stop leaves behind. Collective."""
+        assert self.lightning_module is not None
+        try:
+            if self.save_replicas:
+                self._mark = save_replica(self, path)
+            self.lightning_module.trainer.save_checkpoint(path)
+        finally:
+            self._mark = None
+        self.checkpoint_io.teardown()  # waits for one that writes in the background
+        if self.is_global_zero:
+            remove_older(path)
+
+    def averaged_modules(self) -> list[Module]:
+        """The model, and the averages of its trajectory that callbacks keep."""
+        assert self.lightning_module is not None
+        return [self.lightning_module, *self._averaged_models()]
+
+    def of_each_rank(self) -> list[Any]:
+        """What else has a state of its own on each rank."""
+        return [*self.optimizers, *self._deciding(), *filter(None, [self._scaler])]
 
     def _averaged_models(self) -> list[Module]:
         """Models that Lightning's averaging callbacks derive from each rank's own replica."""
@@ -458,11 +509,8 @@ class DSSyncStrategy(DDPStrategy):
 
     def _adopt_rank_0s_settings(self) -> None:
         """What cannot be averaged, as the file will have it: rank 0's, and of the loss scales the smallest."""
-        assert self.lightning_module is not None
-        callbacks: list[Callback] = self.lightning_module.trainer.callbacks  # type: ignore[attr-defined]
-        deciding = [c for c in callbacks if isinstance(c, EarlyStopping | ModelCheckpoint)]  # each by its rank's metric
         groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
-        stateful = [*(config.scheduler for config in self.lr_scheduler_configs), *deciding]
+        stateful = self._deciding()
         mine = [{k: v for k, v in group.items() if k != "params"} for group in groups]
         mine += [each.state_dict() for each in stateful]
         settings = [move_data_to_device(mine, torch.device("cpu"))]  # rank 0's device is not every rank's
@@ -480,6 +528,13 @@ class DSSyncStrategy(DDPStrategy):
             states = [self._scaler.state_dict()] * self.world_size
             dist.all_gather_object(states, self._scaler.state_dict())
             self._scaler.load_state_dict(min(states, key=lambda state: float(state.get("scale", 0.0))))
+
+    def _deciding(self) -> list[Any]:
+        """What decides by the metrics of its own rank."""
+        assert self.lightning_module is not None
+        callbacks: list[Callback] = self.lightning_module.trainer.callbacks  # type: ignore[attr-defined]
+        deciding = [c for c in callbacks if isinstance(c, EarlyStopping | ModelCheckpoint)]
+        return [*(config.scheduler for config in self.lr_scheduler_configs), *deciding]
 
     def _warn_of_different_learning_rates(self) -> None:
         rates = [float(group["lr"]) for o in self.optimizers for group in o.param_groups if "lr" in group]

@@ -21,7 +21,7 @@ from dataclasses import astuple, dataclass
 from functools import partial
 from itertools import chain
 from operator import attrgetter, itemgetter, methodcaller
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -394,6 +394,23 @@ class DSSynchronizer:
     def consensus_of_optimizer_state(self) -> None:
         """Replace the optimizer's floating state by its average over the ranks that have it; the rest is rank 0's."""
         consensus_of_optimizer_state(self.optimizer)
+
+    # ---- this rank's own ---------------------------------------------------------------------------------------------
+
+    def own_state(self) -> dict[str, Any]:
+        """What differs between ranks, between two rounds: which rows of sparse embeddings are to be sent."""
+        frozen = [i for i, p in enumerate(_parameters(self.optimizer)) if p in self._sent_since_consensus]
+        return {"sent": frozen, "rows": [rows.due for rows in self._rows]}
+
+    def load_own_state(self, state: dict[str, Any]) -> None:
+        """Go on where :meth:`own_state` was taken."""
+        parameters = _parameters(self.optimizer)
+        self._sent_since_consensus = {parameters[i] for i in state["sent"]}
+        self._laid_out = None
+        self._lay_out()
+        for rows, due in zip(self._rows, state["rows"], strict=False):  # none before the first average
+            for mine, saved in zip(rows.due, due, strict=True):
+                mine.copy_(saved)
 
     # ---- position and cost ------------------------------------------------------------------------------------------
 

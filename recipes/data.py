@@ -115,15 +115,55 @@ class Shuffle(DistributedSampler[Any]):
 
     def __init__(self, dataset: Samples, ranks: int, rank: int, seed: int) -> None:
         super().__init__(dataset, ranks, rank, seed=seed, drop_last=True)
+        self.begin = 0  # samples of the next epoch that are left out
 
     @override
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         order = torch.randperm(len(self.dataset), generator=generator, dtype=torch.int32)  # type: ignore[arg-type]
-        mine = order[self.rank : self.total_size : self.num_replicas].clone()
+        mine = order[self.rank : self.total_size : self.num_replicas][self.begin :].clone()
+        self.begin = 0
         del order
         for part in mine.split(10_000):
             yield from part.tolist()
+
+
+class ResumableLoader(DataLoader[Any]):
+    """A loader of a :class:`Shuffle` that begins a resumed epoch where the checkpoint was saved; Lightning asks it.
+
+    Args:
+        dataset: as for torch's loader.
+        batch_size: as for torch's loader.
+        sampler: of the dataset.
+        limit: batches that an epoch takes (an integer) or their share, as Lightning's `limit_train_batches`.
+    """
+
+    sampler: Shuffle
+
+    def __init__(self, dataset: Samples, batch_size: int, sampler: Shuffle, limit: float, **options: Any) -> None:
+        super().__init__(dataset, batch_size, sampler=sampler, **options)
+        self.limit = min(len(self), limit) if isinstance(limit, int) else int(len(self) * limit)
+        self.batches = 0  # of this epoch that were taken
+        self.begin = 0  # batches of the next epoch that are left out
+
+    @override
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        self.batches, self.begin = self.begin, 0
+        self.sampler.begin = self.batches * (self.batch_size or 1)
+        return self._counted(super().__iter__())
+
+    def _counted(self, batches: Iterator[Any]) -> Iterator[Any]:
+        for batch in batches:
+            self.batches += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """What Lightning saves; the same on all ranks."""
+        return {"batches": self.batches}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """The next epoch begins there, or at its beginning if all had been taken."""
+        self.begin = state["batches"] if state["batches"] < self.limit else 0
 
 
 class RecipeData(LightningDataModule):
@@ -174,7 +214,8 @@ class RecipeData(LightningDataModule):
             ranks, rank, seed = 1, 0, seed + rank
         sampler = Shuffle(mine, ranks, rank, seed)
         # The last, smaller batch is dropped: a rank's gradient must weigh the same in every mean.
-        return DataLoader(mine, self.batch_size, sampler=sampler, drop_last=True, **self._loading())
+        limit: Any = self.trainer.limit_train_batches if self.trainer else 1.0
+        return ResumableLoader(mine, self.batch_size, sampler, limit, drop_last=True, **self._loading())
 
     @override
     def val_dataloader(self) -> DataLoader[Any]:

@@ -21,6 +21,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ds_lightning import AtomicCheckpointIO, BackgroundCheckpointIO, DSSyncStrategy
+from ds_lightning.checkpoint import _candidates
 from tests.ranks import run_ranks
 from tests.test_strategy import Net, RankData, trainer_for
 
@@ -282,6 +283,33 @@ def test_last_skips_what_is_not_whole(kind, checkpoint, tmp_path):
     assert f"{tmp_path}/step=9.ckpt" in warning
     assert f"Resuming from {tmp_path}/step=6.ckpt, the newest whole one." in warning
     assert other[1] == []
+
+
+@pytest.mark.parametrize(
+    ("asked", "ages", "expected"),
+    [
+        ("last", {"last.ckpt": 2, "hpc_ckpt_1.ckpt": 1, "step=6.ckpt": 0}, "hpc_ckpt_1.ckpt"),
+        ("last", {"last.ckpt": 1, "hpc_ckpt_1.ckpt": 2}, "last.ckpt"),
+        ("last", {"last-v1.ckpt": 1, "last.ckpt": 2}, "last-v1.ckpt"),
+        ("last", {"hpc_ckpt_1.ckpt": 2, "hpc_ckpt_2.ckpt": 1}, "hpc_ckpt_2.ckpt"),
+        ("last", {"step=6.ckpt": 1, "hpc_ckpt_1.txt": 0}, None),  # nobody said that it is the last
+        ("hpc", {"last.ckpt": 1, "hpc_ckpt_1.ckpt": 2}, "hpc_ckpt_1.ckpt"),
+    ],
+)
+def test_the_newest_that_a_stop_or_a_callback_left(asked, ages, expected, tmp_path):
+    """A stop's files lie in `default_root_dir`, where others' are nobody's business."""
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    (tmp_path / "pretrained.ckpt").touch()
+    for name, age in ages.items():
+        path = (tmp_path if name.startswith("hpc") else kept) / name
+        path.touch()
+        os.utime(path, times=(1e9 - age, 1e9 - age))
+    trainer = pl.Trainer(default_root_dir=tmp_path, callbacks=[ModelCheckpoint(kept)], logger=False, accelerator="cpu")
+    files = [os.path.basename(file) for file in _candidates(trainer, None, asked)]
+    assert files[:1] == ([] if expected is None else [expected])
+    if expected is not None:
+        assert sorted(files) == sorted(ages)
 
 
 def test_last_with_no_whole_file_is_an_error_on_all_ranks(checkpoint, tmp_path):

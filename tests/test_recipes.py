@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.data import DistributedSampler, TensorDataset
 from torchvision.datasets import CIFAR10, CIFAR100
 
-from recipes.data import RecipeData, Shuffle, even_batch_size, shards
+from recipes.data import RecipeData, ResumableLoader, Shuffle, even_batch_size, shards
 from recipes.images import CIFAR_STATISTICS, Cifar, Digits, ImageNet
 from recipes.task import cosine_decay, linear_decay
 from recipes.wide_resnet import ImageClassifier, timm_model, wide_resnet
@@ -127,12 +127,38 @@ def test_samples_are_dealt_out_in_the_order_of_torchs_sampler(epoch):
     assert len(set(dealt)) == 100
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize(("limit", "saved"), [(1.0, 3), (1.0, 6), (1.0, 0), (4, 3), (4, 4), (0.5, 3)])
+def test_a_resumed_epoch_begins_where_it_was_saved(limit, saved, num_workers):
+    dataset = TensorDataset(torch.arange(103))
+
+    def loader():
+        return ResumableLoader(dataset, 4, Shuffle(dataset, 4, 1, 3), limit, drop_last=True, num_workers=num_workers)
+
+    def epoch(of, number, batches):
+        of.sampler.set_epoch(number)
+        iterator = iter(of)
+        return [next(iterator)[0].tolist() for _ in range(batches)]
+
+    taken = {1.0: 6, 4: 4, 0.5: 3}[limit]
+    whole, resumed = loader(), loader()
+    first, second = (epoch(whole, number, taken) for number in range(2))
+    before = loader()
+    epoch(before, 0, saved)
+    resumed.load_state_dict(before.state_dict())
+    if saved < taken:
+        assert epoch(resumed, 0, taken - saved) == first[saved:]
+        assert resumed.state_dict() == whole.state_dict()
+    assert epoch(resumed, 1, taken) == second
+    assert len(resumed) == 6
+
+
 @pytest.mark.timeout(60)
 def test_each_worker_keeps_its_own_shard_and_shuffles_it():
     def run(rank):
         data = Digits(8, partition="by_label")
         data.setup()
-        data.trainer = SimpleNamespace(world_size=4, global_rank=rank)  # type: ignore[assignment]
+        data.trainer = SimpleNamespace(world_size=4, global_rank=rank, limit_train_batches=1.0)  # type: ignore[assignment]
         loader = data.train_dataloader()
         epochs = []
         for epoch in range(2):

@@ -212,6 +212,6 @@ def test_a_forgotten_average_leaves_every_row_due():
     table = nn.Parameter(torch.zeros(7, 2))
     rows = TouchedRows([table], torch.float32, GridSchedule(4, 2), 1)
     rows.touch_all()
-    assert rows._due[0].tolist() == [2] * 7
+    assert rows.due[0].tolist() == [2] * 7
     rows.agreed()
-    assert rows._due[0].tolist() == [0] * 7
+    assert rows.due[0].tolist() == [0] * 7
