@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import socket
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
 from ds_lightning.schedule import Group, Schedule, check_schedule, schedule_period
 
@@ -21,13 +26,14 @@ class ScheduledGroups:
         schedule: Who averages with whom; must be the same on all ranks.
         timeout: How long a collective of these groups may take before it is an error. ``new_group`` does not inherit
             the default group's; ``None`` is torch's default for the backend.
+        hosts: Host of each rank, for messages; gathered if not given.
 
     Raises:
         ValueError: On every rank alike, if the schedule is malformed on any rank, or ranks have different ones.
         RuntimeError: If there is no default process group yet.
     """
 
-    def __init__(self, schedule: Schedule, timeout: timedelta | None = None) -> None:
+    def __init__(self, schedule: Schedule, timeout: timedelta | None = None, hosts: list[str] | None = None) -> None:
         if not dist.is_initialized():
             raise RuntimeError(
                 "ScheduledGroups needs a process group. HINT: call torch.distributed.init_process_group."
@@ -54,6 +60,7 @@ class ScheduledGroups:
                 )
         require_agreement("the schedule's partitions", [[sorted(g) for g in p] for p in table], error)
         self.period = period
+        self.hosts = gather_hosts() if hosts is None else hosts
 
         # Every rank makes every group, in the order of steps: `new_group` is collective over all ranks. (Its local mode
         # names groups by a count that differs between ranks as soon as one of them belongs to fewer groups, and hangs.)
@@ -76,6 +83,98 @@ class ScheduledGroups:
     def __len__(self) -> int:
         """Number of process groups that this rank belongs to."""
         return len({members for members, group in self._groups if group is not None})
+
+
+def gather_hosts() -> list[str]:
+    """The host of each rank."""
+    hosts = [""] * dist.get_world_size()
+    dist.all_gather_object(hosts, socket.gethostname())
+    return hosts
+
+
+def name_ranks(ranks: Iterable[int], hosts: list[str]) -> str:
+    """Ranks and their hosts, for messages."""
+    named = [f"{rank} ({hosts[rank]})" if hosts else f"{rank}" for rank in ranks]
+    more = f" and {len(named) - 8} more" if len(named) > 8 else ""
+    return f"rank{'s' * (len(named) != 1)} {', '.join(named[:8])}{more}"
+
+
+def name_timeout(timeout: timedelta | None) -> str:
+    """A timeout, for messages."""
+    return "the backend's default timeout" if timeout is None else f"{timeout}"
+
+
+class Attendance:
+    """Says whom a rank waited for when all were to meet: each tells the key-value store before it waits.
+
+    Args:
+        name: Another for each attendance of a process; the same on all ranks.
+        timeout: Of the collectives, for messages.
+    """
+
+    def __init__(self, name: str, timeout: timedelta | None) -> None:
+        store = _get_default_store()
+        self._store = PrefixStore(f"dssync: {name}", store.clone() if hasattr(store, "clone") else store)
+        self._rank, self._timeout = dist.get_rank(), timeout
+        self._meetings = 0
+        self._inside = False
+        self.hosts: list[str] = []
+        with self.at("to begin"):
+            self.hosts = gather_hosts()
+
+    @contextmanager
+    def at(self, what: str, often: bool = False) -> Iterator[None]:
+        """Around collectives of all ranks, which must be the same on all of them.
+
+        Args:
+            what: For what they meet.
+            often: They do so in every step, perhaps: nothing is told, and all others are named in an error.
+
+        Raises:
+            RuntimeError: If the collectives fail; names the ranks that did not come.
+        """
+        if self._inside:
+            yield
+            return
+        self._inside = True
+        try:
+            if not often:
+                self._meetings += 1
+                self._store.set(str(self._rank), f"{self._meetings}")
+            yield
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"Rank {self._rank} waited in vain for {self._absent(often)} {what}, at most"
+                f" {name_timeout(self._timeout)}: {error}. HINT: one of them ended, stopped, or is elsewhere in its"
+                " program; its own log says more."
+            ) from error
+        finally:
+            self._inside = False
+
+    def _absent(self, unknown: bool) -> str:
+        others = [rank for rank in range(dist.get_world_size()) if rank != self._rank]
+        if unknown:
+            return name_ranks(others, self.hosts)
+        came: list[int] = []
+
+        def ask() -> None:
+            for rank in others:
+                if self._store.check([str(rank)]) and int(self._store.get(str(rank))) >= self._meetings:
+                    came.append(rank)
+            answered.set()
+
+        # The store's server may hang, or have ended with rank 0.
+        answered = threading.Event()
+        thread = threading.Thread(target=_quietly, args=(ask,), daemon=True)
+        thread.start()
+        thread.join(3)
+        absent = [rank for rank in others if rank not in came]
+        return name_ranks(absent if answered.is_set() and absent else others, self.hosts)
+
+
+def _quietly(function: Callable[[], None]) -> None:
+    with suppress(Exception):
+        function()
 
 
 def require_agreement(what: str, value: object, error: str | None = None) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -33,7 +35,7 @@ from typing_extensions import override
 
 from ds_lightning.checkpoint import AtomicCheckpointIO, require_resumable, resume
 from ds_lightning.consensus import broadcast_from_rank_0, consensus_of, consensus_of_optimizer_state
-from ds_lightning.groups import ScheduledGroups, require_agreement
+from ds_lightning.groups import Attendance, ScheduledGroups, require_agreement
 from ds_lightning.launchers import ProcessLauncher, ScriptLauncher
 from ds_lightning.options import check_bool, check_ddp_kwargs, check_group_size_alone
 from ds_lightning.preemption import StopSignals
@@ -51,6 +53,8 @@ from ds_lightning.synchronizer import DSSynchronizer, Statistics, check_state_na
 from ds_lightning.wire import as_wire_dtype
 
 CHECKPOINT_KEY = "ds_lightning"
+
+_ATTENDANCES = itertools.count()  # of this process: the store may outlive a strategy
 
 
 class DSSyncStrategy(DDPStrategy):
@@ -125,6 +129,8 @@ class DSSyncStrategy(DDPStrategy):
         self.synchronizers: list[DSSynchronizer] = []
         self._schedule: Schedule | None = None  # the one in use, once the world size is known
         self._groups: ScheduledGroups | None = None
+        self._attendance: Attendance | None = None
+        self._told = False  # what the schedule is
         self._positions: list[dict[str, int]] = []  # in the schedule, per optimizer: of a checkpoint or an earlier fit
         self._no_loss = False
         self._stepping = False  # an optimizer's step has begun: its closure is running
@@ -163,7 +169,9 @@ class DSSyncStrategy(DDPStrategy):
                 error = str(e)  # a schedule object may be wrong on one rank only, and the others must not wait for it
         super().setup_distributed()
         if self.world_size > 1:
-            require_agreement("the strategy's options", self._options(), error)
+            self._attendance = Attendance(f"attendance {next(_ATTENDANCES)}", self._timeout)
+            with self._meeting("to compare options"):
+                require_agreement("the strategy's options", self._options(), error)
         connector = trainer._checkpoint_connector
         if "resume_start" not in vars(connector):
             connector.resume_start = partial(self._resume_start, connector.resume_start)  # type: ignore[method-assign]
@@ -177,10 +185,14 @@ class DSSyncStrategy(DDPStrategy):
             rank_zero_info("dssync: the world size is 1, so there is nothing to synchronize.")
             return
         assert self._schedule is not None
-        for model in self.averaged_modules():  # an average model is a copy of each rank's own first values
-            broadcast_from_rank_0(model)
-        if self._groups is None:
-            self._groups = ScheduledGroups(self._schedule, self._timeout)
+        assert self._attendance is not None
+        with self._meeting("to begin with the same model"):
+            for model in self.averaged_modules():  # an average model is a copy of each rank's own first values
+                broadcast_from_rank_0(model)
+            if self._groups is None:
+                self._groups = ScheduledGroups(self._schedule, self._timeout, self._attendance.hosts)
+        if not self._told:
+            self._told = True
             rank_zero_info(f"dssync: {_describe(self._schedule, self._groups.period)}.")
         if self._signals is not None:
             self._signals.start(self._timeout or default_pg_timeout)
@@ -214,7 +226,8 @@ class DSSyncStrategy(DDPStrategy):
                 (type(o).__name__, [[(names.get(p), [*p.shape]) for p in group["params"]] for group in o.param_groups])
                 for o in self.optimizers
             ]
-            require_agreement("the optimizers' parameters", optimized)
+            with self._meeting("to compare optimizers"):
+                require_agreement("the optimizers' parameters", optimized)
 
     def _options(self) -> dict[str, Any]:
         """Those that must be the same on all ranks and that the schedule's partitions do not show."""
@@ -365,6 +378,30 @@ class DSSyncStrategy(DDPStrategy):
             synchronizer.discard()
         super().on_exception(exception)
 
+    # ---- where all ranks meet ---------------------------------------------------------------------------------------
+
+    def _meeting(self, what: str, often: bool = False) -> AbstractContextManager[None]:
+        if self._attendance is None:
+            return nullcontext()
+        assert self.lightning_module is not None
+        return self._attendance.at(f"{what} after step {self.lightning_module.trainer.global_step}", often)
+
+    @override
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        with self._meeting(f"at Lightning's barrier {args[0] if args else ''!r}"):
+            super().barrier(*args, **kwargs)
+
+    @override
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        with self._meeting("for a broadcast of Lightning's"):
+            return super().broadcast(obj, src)
+
+    @override
+    def reduce(self, *args: Any, **kwargs: Any) -> Any:
+        assert self.lightning_module is not None
+        with self._meeting("to reduce a metric", often=self.lightning_module.trainer.training):
+            return super().reduce(*args, **kwargs)
+
     # ---- consensus points -------------------------------------------------------------------------------------------
 
     @override
@@ -393,10 +430,11 @@ class DSSyncStrategy(DDPStrategy):
         assert self.lightning_module is not None
         for synchronizer in self.synchronizers:
             synchronizer.discard()
-        consensus_of(self.averaged_modules())
-        for synchronizer in self.synchronizers:
-            synchronizer.on_consensus()
-        self._warn_of_different_learning_rates()
+        with self._meeting("to average all replicas"):
+            consensus_of(self.averaged_modules())
+            for synchronizer in self.synchronizers:
+                synchronizer.on_consensus()
+            self._warn_of_different_learning_rates()
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
@@ -406,10 +444,11 @@ class DSSyncStrategy(DDPStrategy):
             # Ranks are at different points, or gone: a collective might wait for what never comes.
             rank_zero_warn("dssync: a checkpoint saved on an exception holds rank 0's own replica, not the average.")
         elif self._groups is not None and dist.is_initialized():
-            self.consensus()
-            for optimizer in self.optimizers:
-                consensus_of_optimizer_state(optimizer)
-            self._adopt_rank_0s_settings()
+            with self._meeting("to save a checkpoint"):
+                self.consensus()
+                for optimizer in self.optimizers:
+                    consensus_of_optimizer_state(optimizer)
+                self._adopt_rank_0s_settings()
         return super().lightning_module_state_dict()
 
     @property
@@ -427,7 +466,8 @@ class DSSyncStrategy(DDPStrategy):
 
     def _resume_start(self, resume_start: Callable[..., None], path: Any, weights_only: bool | None = None) -> None:
         assert self.lightning_module is not None
-        resume(self.lightning_module.trainer, resume_start, path, weights_only, self.asked_for)
+        with self._meeting("to find the checkpoint to resume from"):
+            resume(self.lightning_module.trainer, resume_start, path, weights_only, self.asked_for)
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
@@ -462,7 +502,8 @@ class DSSyncStrategy(DDPStrategy):
             )
         elif saved.get("replicas") and self._groups is not None:
             assert self.lightning_module is not None
-            self._replica = load_replica(self, self.lightning_module.trainer.ckpt_path, saved["replicas"])
+            with self._meeting("to read replicas"):
+                self._replica = load_replica(self, self.lightning_module.trainer.ckpt_path, saved["replicas"])
 
     # ---- stops ------------------------------------------------------------------------------------------------------
 
@@ -483,7 +524,8 @@ class DSSyncStrategy(DDPStrategy):
         assert self.lightning_module is not None
         try:
             if self.save_replicas:
-                self._mark = save_replica(self, path)
+                with self._meeting("to save replicas"):
+                    self._mark = save_replica(self, path)
             self.lightning_module.trainer.save_checkpoint(path)
         finally:
             self._mark = None

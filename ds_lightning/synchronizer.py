@@ -30,7 +30,7 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from ds_lightning.consensus import broadcast_from_rank_0, consensus_of, consensus_of_optimizer_state
-from ds_lightning.groups import ScheduledGroups
+from ds_lightning.groups import ScheduledGroups, name_ranks, name_timeout
 from ds_lightning.lanes import Clock, Lane, make_lane
 from ds_lightning.payload import Payload
 from ds_lightning.rows import TouchedRows, is_table
@@ -363,11 +363,11 @@ class DSSynchronizer:
         except RuntimeError as error:
             members, _ = self.groups.at(self.round)
             others = [rank for rank in members if rank != self.groups.rank]
-            limit = "the backend's default timeout" if self.groups.timeout is None else f"{self.groups.timeout}"
             raise RuntimeError(
-                f"Rank {self.groups.rank} could not average step {self.step} with ranks {others} within {limit}:"
-                f" {error}. HINT: one of them ended, stopped or took another number of optimizer steps; its own log"
-                " says more. A longer `timeout` helps where steps differ a lot in length."
+                f"Rank {self.groups.rank} could not average step {self.step} with"
+                f" {name_ranks(others, self.groups.hosts)} within {name_timeout(self.groups.timeout)}: {error}. HINT:"
+                " one of them ended, stopped or took another number of optimizer steps; its own log says more. A longer"
+                " `timeout` helps where steps differ a lot in length."
             ) from error
 
     # ---- consensus points -------------------------------------------------------------------------------------------

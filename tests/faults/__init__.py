@@ -1,0 +1,1 @@
+"""Faults that long runs meet."""
