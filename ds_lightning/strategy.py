@@ -298,6 +298,29 @@ class DSSyncStrategy(DDPStrategy):
         _set_sampler_epoch(dataloader, epoch.processed + (loop.restarting and over and epoch.processed < epoch.started))
         return super().process_dataloader(dataloader)
 
+    @override
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        assert self.lightning_module is not None
+        trainer = self.lightning_module.trainer
+        loop: Any = trainer.fit_loop
+        if self._groups is None or loop._combined_loader is None:
+            return
+        batches = [loop.max_batches] * self.world_size
+        with self._meeting("to compare numbers of batches"):
+            dist.all_gather_object(batches, loop.max_batches)
+        if min(batches) == max(batches):
+            return
+        # A rank without data has no update to average, and averaging on without one would pull the others back.
+        rank_zero_warn(
+            f"dssync: ranks have unequal numbers of training batches, {batches}: all stop an epoch after"
+            f" {min(batches)}. HINT: Lightning's DistributedSampler gives all ranks the same number."
+        )
+        trainer.limit_train_batches = int(min(batches))
+        loop._combined_loader_states_to_load = loop._combined_loader._state_dicts()
+        loop._combined_loader = None
+        loop.setup_data()
+
     # ---- training ---------------------------------------------------------------------------------------------------
 
     @override
