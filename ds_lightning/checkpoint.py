@@ -237,9 +237,11 @@ def _load_first(candidates: list[Any], resume_start: Callable[..., None], weight
             return [candidate, skipped]
         except CheckpointError as error:
             skipped.append(str(error))
-        except Exception as error:  # its own class may not travel
-            kind = next(c for c in (FileNotFoundError, ValueError, RuntimeError, Exception) if isinstance(error, c))
-            return [kind(str(error)), skipped]
+        except FileNotFoundError as error:
+            return [error, skipped]
+        except Exception as error:  # its own class may not travel to the other ranks
+            told = str(error) if isinstance(error, ValueError) else f"{candidate}: {type(error).__name__}: {error}"
+            return [ValueError(told), skipped]
     if skipped:
         return [ValueError(" ".join(skipped)), []]
     resume_start(None, weights_only=weights_only)

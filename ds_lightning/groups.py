@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
@@ -142,6 +143,8 @@ class Attendance:
                 self._meetings += 1
                 self._store.set(str(self._rank), f"{self._meetings}")
             yield
+        except torch.OutOfMemoryError:
+            raise  # a RuntimeError as well
         except RuntimeError as error:
             raise RuntimeError(
                 f"Rank {self._rank} waited in vain for {self._absent(often)} {what}, at most"

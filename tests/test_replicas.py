@@ -127,7 +127,7 @@ def test_a_run_stopped_three_times_equals_the_undisturbed_one(make, strategy, op
         assert sorted(map(str, states)) == sorted(map(str, expected))
         for t, state in states.items():
             assert different(state, expected[t]) == [], (t, starts)
-    assert len(list((tmp_path / "b").glob("*.replicas"))) == 1  # of the last stop alone
+    assert len(list((tmp_path / "b").glob("replicas_*"))) == 1  # of the last stop alone
 
 
 @pytest.mark.timeout(120)
@@ -150,7 +150,7 @@ def test_without_replicas_a_stop_is_a_consensus_point(tmp_path):
 def test_a_lost_replica_warns_and_the_average_goes_on(loss, tmp_path):
     make = partial(Random, "momentum", False)
     run_ranks(stop_once, 4, str(tmp_path), make)
-    path = tmp_path / "hpc_ckpt_1.replicas" / "rank_2.ckpt"
+    path = tmp_path / "replicas_1" / "rank_2.ckpt"
     if loss == "file":
         path.unlink()
     elif loss == "mark":
@@ -163,6 +163,16 @@ def test_a_lost_replica_warns_and_the_average_goes_on(loss, tmp_path):
     assert "going on from the average of all replicas, not bit for bit" in warning
     assert "rank_2.ckpt" in warning
     assert all(warned == [] for warned, _ in ranks[1:])
+    assert all(torch.equal(weight, ranks[0][1]) for _, weight in ranks)
+
+
+@pytest.mark.slow
+def test_a_replica_that_cannot_be_saved_costs_no_checkpoint(tmp_path):
+    make = partial(Random, "momentum", False)
+    (tmp_path / "replicas_1").write_text("a file in the folder's place")
+    run_ranks(stop_once, 4, str(tmp_path), make)
+    ranks = run_ranks(go_on, 4, str(tmp_path), make)
+    assert [warned for warned, _ in ranks] == [[]] * 4
     assert all(torch.equal(weight, ranks[0][1]) for _, weight in ranks)
 
 
