@@ -35,13 +35,13 @@ parity: install
 # Shards sorted by label: what helps, beside what does not, at fixed learning rates.
 NON_IID := data.partition=by_label --seeds 3 --arms
 IMAGES := model.net.norm=group $(NON_IID) ddp plain=strategy=dssync \
-	recommended="strategy=dssync strategy.average_gradients=true" --lrs 0.1
+	averaged="strategy=dssync strategy.average_gradients=true" --lrs 0.1
 CLICKS := data.split_seed=1 $(NON_IID) ddp="strategy=ddp model.optimizer.lr=0.001" \
 	plain="strategy=dssync model.optimizer.lr=0.002" \
-	recommended="strategy=dssync_adam strategy.average_gradients=true model.optimizer.lr=0.002"
+	averaged="strategy=dssync_adam strategy.average_gradients=true model.optimizer.lr=0.002"
 QUESTIONS := data.split_seed=1 $(NON_IID) ddp="strategy=ddp model.optimizer.lr=0.006" \
 	plain="strategy=dssync model.optimizer.lr=0.006" \
-	recommended="strategy=dssync_adam strategy.average_gradients=true model.optimizer.lr=0.006"
+	averaged="strategy=dssync_adam strategy.average_gradients=true model.optimizer.lr=0.006"
 shards: install
 	$(COMPARE) recipe=wide_resnet $(IMAGES)
 	$(COMPARE) recipe=wide_resnet trainer.devices=8 data.batch_size=8 $(IMAGES)
