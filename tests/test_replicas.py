@@ -226,15 +226,15 @@ def train_recipe(folder, overrides):
 @pytest.mark.parametrize(
     "recipe",
     [
-        ("recipe=wide_resnet", "model.net.width=1", "model.net.depth=10", "trainer.max_epochs=12"),
-        ("recipe=deepfm", "trainer.max_epochs=6", "strategy.sync_every=2"),  # with dropout
+        ("recipe=wide_resnet", "model.net.width=1", "model.net.depth=10", "trainer.max_epochs=30"),
+        ("recipe=deepfm", "trainer.max_epochs=18", "strategy.sync_every=2"),  # with dropout
     ],
     ids=["wide_resnet", "deepfm"],
 )
 def test_a_recipe_stopped_three_times_ends_where_the_undisturbed_one_does(recipe, tmp_path):
     """In the middle of epochs, whose loaders go on where they were; `ckpt_path=last` finds what there is."""
-    draw, context = random.Random(recipe[0]), multiprocessing.get_context("fork")
-    torch.set_num_threads(1)
+    draw, context = random.Random(recipe[0]), multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])  # forks from a process in which no other test ran
     ends = []
     for stops in (0, 3):
         folder = tmp_path / str(stops)
@@ -252,7 +252,7 @@ def test_a_recipe_stopped_three_times_ends_where_the_undisturbed_one_does(recipe
                         assert process.is_alive()
                         assert time.monotonic() < deadline
                         time.sleep(0.02)
-                    time.sleep(draw.uniform(0, 0.3))
+                    time.sleep(draw.uniform(0, 0.1))
                     os.kill(process.pid, signal.SIGTERM)
                 process.join(90)
             finally:

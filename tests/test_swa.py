@@ -173,8 +173,9 @@ def test_the_variance_is_that_of_all_samples():
 
 @pytest.mark.slow
 def test_workers_may_pass_over_unequally_much():
+    """Under DDP: DS-Sync's ranks stop together."""
     settings = {"max_steps": 4, "max_epochs": -1}
-    found = run_ranks(run, 2, 2, lambda: Small(sizes=(6, 5)), {"start": 0.5}, {}, settings, init=False)
+    found = run_ranks(run, 2, 2, lambda: Small(sizes=(6, 5)), {"start": 0.5}, STRATEGIES["ddp"], settings, init=False)
     check(found, [3, 4], sizes=(6, 5))
 
 
