@@ -130,7 +130,6 @@ class DSSyncStrategy(DDPStrategy):
         self._schedule: Schedule | None = None  # the one in use, once the world size is known
         self._groups: ScheduledGroups | None = None
         self._attendance: Attendance | None = None
-        self._told = False  # what the schedule is
         self._positions: list[dict[str, int]] = []  # in the schedule, per optimizer: of a checkpoint or an earlier fit
         self._no_loss = False
         self._stepping = False  # an optimizer's step has begun: its closure is running
@@ -186,13 +185,13 @@ class DSSyncStrategy(DDPStrategy):
             return
         assert self._schedule is not None
         assert self._attendance is not None
+        first = self._groups is None
         with self._meeting("to begin with the same model"):
             for model in self.averaged_modules():  # an average model is a copy of each rank's own first values
                 broadcast_from_rank_0(model)
             if self._groups is None:
                 self._groups = ScheduledGroups(self._schedule, self._timeout, self._attendance.hosts)
-        if not self._told:
-            self._told = True
+        if first:
             rank_zero_info(f"dssync: {_describe(self._schedule, self._groups.period)}.")
         if self._signals is not None:
             self._signals.start(self._timeout or default_pg_timeout)
