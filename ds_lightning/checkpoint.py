@@ -17,6 +17,7 @@ import torch.distributed as dist
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol, get_filesystem
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from typing_extensions import override
 
@@ -179,23 +180,29 @@ def resume(
 ) -> None:
     """In the place of the ``resume_start`` of Lightning's connector: all ranks resume from one file, or none does.
 
-    Where the file was asked for as ``"last"`` or ``"hpc"``, or found without being asked for, rank 0 decides. It takes
-    the newest that a stop or ``ModelCheckpoint(save_last=True)`` left (for ``"hpc"``, a stop), and if that is not
-    whole, the newest whole checkpoint in their folders.
+    Where the file was asked for as ``"last"`` or ``"hpc"``, or found for ``fit`` without being asked for, rank 0
+    decides. It takes the newest that a stop or ``ModelCheckpoint(save_last=True)`` left (for ``"hpc"``, a stop), and if
+    that is not whole, the newest whole checkpoint in their folders. What a stop left in the middle of training is
+    nothing to evaluate unless it was asked for.
 
     Args:
         trainer: Whose process group exists.
         resume_start: Lightning's, which loads a file.
         path: What Lightning found on this rank, or None.
         weights_only: As for ``fit``.
-        asked: What was passed to ``fit`` as ``ckpt_path``.
+        asked: What was passed to ``fit`` (``test``, ...) as ``ckpt_path``; False: nothing, but a model.
 
     Raises:
         FileNotFoundError: If an explicit path does not exist.
         ValueError: On every rank alike, if no file is whole, or a rank cannot read it.
     """
     rank, ranks = trainer.global_rank, trainer.world_size
-    decides = asked in (None, "last", "hpc") and not trainer._checkpoint_connector._user_managed
+    evaluates = trainer.state.fn != TrainerFn.FITTING
+    decides = asked in (("last", "hpc") if evaluates else ("last", "hpc", None, False))
+    decides = decides and not trainer._checkpoint_connector._user_managed
+    if evaluates and not asked and path == trainer._checkpoint_connector._hpc_resume_path:
+        # Lightning takes it, on Slurm.
+        path = None if asked is False else getattr(trainer.checkpoint_callback, "best_model_path", None) or None
     paths = [path] * ranks
     if ranks > 1:
         dist.all_gather_object(paths, path)

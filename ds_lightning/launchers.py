@@ -80,8 +80,10 @@ class _PassOn:
 
 
 def _asked_for(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    """The `ckpt_path` that `fit`, `validate`, `test` or `predict` was called with."""
+    """The `ckpt_path` that `fit`, `validate`, `test` or `predict` was called with; False if none, but a model."""
     try:
-        return inspect.signature(function).bind(*args).arguments.get("ckpt_path")
+        given = inspect.signature(function).bind(*args).arguments
     except TypeError:
         return None
+    asked = given.get("ckpt_path")
+    return False if asked is None and given.get("model") is not None else asked

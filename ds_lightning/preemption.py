@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -19,12 +20,12 @@ import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import lightning.pytorch as pl
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
-from lightning.pytorch.trainer.states import TrainerStatus
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
@@ -145,11 +146,12 @@ class StopAgreement:
 
 
 class StopSignals:
-    """Takes the place of Lightning's signal connector during a fit: its handlers only note what to agree on.
+    """Takes the place of Lightning's signal connector: during a fit its handlers only note what to agree on.
 
-    SIGTERM saves a checkpoint and ends the program, and so does SIGUSR1 (of Slurm's environment: its requeue signal),
-    after which Slurm's job is put back into the queue. Handlers that others had set before, such as submitit's, are
-    called after the checkpoint instead.
+    SIGTERM saves a checkpoint and ends the program, and so does SIGUSR1 (of Slurm's environment: its requeue signal; of
+    submitit's jobs also theirs), after which Slurm's job is put back into the queue. Handlers that others had set
+    before, such as submitit's, are called after the checkpoint instead. Outside a fit there is nothing to save, and a
+    job of Slurm's is requeued at once. Signals that were blocked until then are let through meanwhile.
     """
 
     # Lightning asks at places that ranks do not reach together, and would end this rank alone.
@@ -164,7 +166,13 @@ class StopSignals:
         self._slurm = environment if isinstance(environment, SLURMEnvironment) else None
         requeue = None if self._slurm is None else self._slurm.requeue_signal
         self._requeue = signal.SIGUSR1 if requeue is None else requeue
+        self._signals: list[int] = [signal.SIGTERM, self._requeue]
+        if self._slurm is not None and "SUBMITIT_EXECUTOR" in os.environ:
+            self._signals.append(signal.Signals[f"SIG{os.environ.get('SUBMITIT_PREEMPT_SIGNAL', 'USR2')}"])
+        self._fitting = trainer.state.fn == TrainerFn.FITTING
         self._originals: dict[int, Handler] = {}
+        self._listener: threading.Thread | None = None
+        self._over = threading.Event()
         self._why: str | None = None
         self._agreement: StopAgreement | None = None
         self._batches = 0
@@ -173,11 +181,27 @@ class StopSignals:
 
     def register_signal_handlers(self) -> None:
         """From before the process group exists; again where somebody set others since."""
-        if threading.current_thread() is threading.main_thread():
-            for signum in (signal.SIGTERM, self._requeue):
-                if (handler := signal.getsignal(signum)) != self._note:
-                    self._originals[signum] = handler
-                    signal.signal(signum, self._note)
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for signum in self._signals:
+            handler = signal.getsignal(signum)
+            if handler != self._note and (self._fitting or self._may_requeue(signum, handler)):
+                self._originals[signum] = handler
+                signal.signal(signum, self._note)
+        if self._listener is None and signal.pthread_sigmask(signal.SIG_BLOCK, []) & self._originals.keys():
+            self._listener = threading.Thread(target=self._listen, name="dssync: signals", daemon=True)
+            self._listener.start()
+
+    def _listen(self) -> None:
+        # Only this thread lets them through, so that they wait again as soon as it ends: threads inherit what is
+        # blocked, and one that was made while the main thread let them through would go on to do so.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self._originals)
+        self._over.wait()
+
+    def _may_requeue(self, signum: int, handler: Handler) -> bool:
+        """Whether that is for this object to do, not for a handler that others have set."""
+        requeues = self._slurm is not None and self._slurm.auto_requeue and signum == self._requeue
+        return requeues and not _is_of_others(handler)
 
     def start(self, timeout: timedelta) -> None:
         """Let ranks agree from here on; the process groups must exist."""
@@ -206,6 +230,9 @@ class StopSignals:
         missed = None if self._agreement is None else self._agreement.close()
         self._trainer.fit_loop.epoch_loop.__dict__.pop("_broadcast_sigterm_tensor", None)
         if threading.current_thread() is threading.main_thread():
+            if self._listener is not None:
+                self._over.set()
+                self._listener.join()
             for signum, handler in self._originals.items():
                 signal.signal(signum, signal.SIG_DFL if handler is None else handler)
         self._trainer._signal_connector = self._replaced
@@ -216,6 +243,8 @@ class StopSignals:
         self._why = f"{signal.Signals(signum).name} on rank {self._trainer.global_rank} ({socket.gethostname()})"
         if self._agreement is not None:
             self._agreement.why = self._why
+        if not self._fitting:
+            _requeue_job()
 
     def _stop(self, why: str) -> None:
         path = self._trainer._checkpoint_connector.hpc_save_path(self._trainer.default_root_dir)
@@ -227,25 +256,45 @@ class StopSignals:
         )
         signum = signal.Signals[why.split()[0]]
         original = self._originals.get(signum)
-        if callable(original) and original is not signal.default_int_handler:
-            original(signum, None)
-        elif signum == self._requeue and self._slurm is not None and self._slurm.auto_requeue:
+        if self._may_requeue(signum, original):
             _requeue_job()
+        elif _is_of_others(original):
+            original(signum, None)
+        if signum == signal.SIGTERM and self._slurm is not None and self._slurm.auto_requeue:
+            _requeue_job(if_preempted=True)
         # A program that forked or spawned the ranks waits for their results, unless they end with an error.
         forked = isinstance(self._strategy.launcher, _MultiProcessingLauncher)
         raise SIGTERMException(128 + signum if forked else None)
 
 
+def _is_of_others(handler: Handler) -> TypeGuard[Callable[[int, FrameType | None], Any]]:
+    return callable(handler) and handler is not signal.default_int_handler
+
+
 @rank_zero_only
-def _requeue_job() -> None:
+def _requeue_job(if_preempted: bool = False) -> None:
+    """Put this job of Slurm's back into the queue.
+
+    Args:
+        if_preempted: Only if it was given time to end (GraceTime) because another needs its nodes: Slurm requeues those
+            that use it up, not those that end. Any other SIGTERM means that it was cancelled, or is requeued anyway.
+    """
     array = os.environ.get("SLURM_ARRAY_JOB_ID")
     job = os.environ["SLURM_JOB_ID"] if array is None else f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     try:
-        result = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60)
-        problem = result.stderr.strip() if result.returncode else None
-    except (OSError, subprocess.TimeoutExpired) as error:
-        problem = str(error)
-    if problem is None:
-        rank_zero_info(f"dssync: job {job} is in the queue again.")
+        if if_preempted:
+            shown = _scontrol("--oneliner", "show", "job", job)
+            if "JobState=COMPLETING" in shown or not re.search(r" PreemptTime=\d", shown):
+                return
+        _scontrol("requeue", job)
+    except (OSError, RuntimeError, subprocess.TimeoutExpired) as error:
+        rank_zero_warn(f"dssync: job {job} could not be requeued: {error}. HINT: submit it again; it goes on there.")
     else:
-        rank_zero_warn(f"dssync: job {job} could not be requeued: {problem}. HINT: submit it again; it goes on there.")
+        rank_zero_info(f"dssync: job {job} is in the queue again.")
+
+
+def _scontrol(*arguments: str) -> str:
+    done = subprocess.run(["scontrol", *arguments], capture_output=True, text=True, timeout=60)
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip())
+    return done.stdout

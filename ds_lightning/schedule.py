@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Hashable, Iterator, Sequence
+from itertools import combinations
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
@@ -62,25 +64,49 @@ class GridSchedule:
     ``group_size`` is used as a factor as often as it divides N and the rest is split into factors as near to it as N
     allows. So every N has a grid; for a prime N it is one group of everybody. ``dims`` says what came out.
 
+    Where the node of each rank is known, ranks take their places in the grid node by node, whatever their order, and
+    the last axes are those whose lines fit into a node: as many groups as can be had exchange nothing between nodes.
+
     Args:
         world_size: Number of ranks N, at least 1.
         group_size: Target group size g, from 2 to N (anything from 1 at N = 1).
+        nodes: The node of each rank, by whatever name; the same on all ranks.
 
     Raises:
-        ValueError: If an argument is not an integer or out of range.
+        ValueError: If a number is not an integer or out of range, or there is not one node for each rank.
 
     Example:
         >>> GridSchedule(4, 2).partition(0), GridSchedule(4, 2).partition(1)
         (((0, 2), (1, 3)), ((0, 1), (2, 3)))
         >>> GridSchedule(12, 4).dims
         (4, 3)
+        >>> GridSchedule(4, 2, nodes="abab").partition(1)
+        ((0, 2), (1, 3))
     """
 
-    def __init__(self, world_size: int, group_size: int) -> None:
+    def __init__(self, world_size: int, group_size: int, nodes: Sequence[Hashable] | None = None) -> None:
         self.world_size = positive_int("world_size", world_size)
         self.group_size = check_group_size(group_size, self.world_size)
         self.dims = _grid_dims(self.world_size, self.group_size)
         self.period = len(self.dims)
+        self._nodes: Group | None = None  # numbered, if they change anything
+        self._ranks: list[int] | None = None  # at each place of the grid
+        self._places: list[int] | None = None  # of each rank
+        if nodes is not None:
+            self._put_on(nodes)
+
+    def _put_on(self, nodes: Sequence[Hashable]) -> None:
+        if len(nodes) != self.world_size:
+            raise ValueError(
+                f"nodes has {len(nodes)} entries for {self.world_size} ranks. HINT: give one for each rank."
+            )
+        number = {node: i for i, node in enumerate(dict.fromkeys(nodes))}
+        numbers = tuple(number[node] for node in nodes)
+        dims = _dims_within(self.dims, math.gcd(*Counter(numbers).values()))
+        ranks = sorted(range(self.world_size), key=numbers.__getitem__)
+        if (dims, ranks) != (self.dims, [*range(self.world_size)]):
+            self.dims, self._ranks, self._nodes = dims, ranks, numbers
+            self._places = sorted(range(self.world_size), key=ranks.__getitem__)
 
     @property
     def is_near(self) -> bool:
@@ -90,20 +116,25 @@ class GridSchedule:
     def group(self, rank: int, step: int) -> Group:
         """The line through ``rank`` along axis ``step mod k``; O(g)."""
         _check_rank(rank, self.world_size)
+        return self._line(rank if self._places is None else self._places[rank], step)
+
+    def _line(self, place: int, step: int) -> Group:
         axis = step % self.period
         stride = math.prod(self.dims[axis + 1 :])
-        first = rank - (rank // stride % self.dims[axis]) * stride
-        return tuple(range(first, first + self.dims[axis] * stride, stride))
+        first = place - (place // stride % self.dims[axis]) * stride
+        line = range(first, first + self.dims[axis] * stride, stride)
+        return tuple(line) if self._ranks is None else tuple(sorted(self._ranks[p] for p in line))
 
     def partition(self, step: int) -> Partition:
         """All lines along axis ``step mod k``."""
         axis = step % self.period
         stride = math.prod(self.dims[axis + 1 :])
-        firsts = (r for r in range(self.world_size) if r // stride % self.dims[axis] == 0)
-        return tuple(self.group(first, step) for first in firsts)
+        firsts = (p for p in range(self.world_size) if p // stride % self.dims[axis] == 0)
+        return tuple(self._line(first, step) for first in firsts)
 
     def __repr__(self) -> str:
-        return f"GridSchedule(world_size={self.world_size}, group_size={self.group_size})"
+        nodes = "" if self._nodes is None else f", nodes={self._nodes}"
+        return f"GridSchedule(world_size={self.world_size}, group_size={self.group_size}{nodes})"
 
 
 class ShuffleSchedule:
@@ -225,7 +256,13 @@ def _mix(x: int) -> int:
     return x ^ x >> 31
 
 
-def make_schedule(schedule: str | Schedule, world_size: int, group_size: int | str = "auto", seed: int = 0) -> Schedule:
+def make_schedule(
+    schedule: str | Schedule,
+    world_size: int,
+    group_size: int | str = "auto",
+    seed: int = 0,
+    nodes: Sequence[Hashable] | None = None,
+) -> Schedule:
     """The schedule that the strategy's options ask for.
 
     Args:
@@ -234,6 +271,7 @@ def make_schedule(schedule: str | Schedule, world_size: int, group_size: int | s
         world_size: Number of ranks N.
         group_size: Target group size, or ``"auto"``: 2 up to 8 ranks, about the square root of N beyond.
         seed: Seed of a shuffle.
+        nodes: The node of each rank, by which a grid is laid out.
 
     Raises:
         ValueError: If a name is unknown, a number out of range, or a schedule was made for another world size.
@@ -249,7 +287,7 @@ def make_schedule(schedule: str | Schedule, world_size: int, group_size: int | s
     size = auto_group_size(world_size) if group_size == "auto" else check_group_size(group_size, world_size)
     if schedule == "shuffle":
         return ShuffleSchedule(world_size, size, seed)
-    grid = GridSchedule(world_size, size)
+    grid = GridSchedule(world_size, size, nodes)
     if schedule == "grid" or grid.is_near:
         return grid
     return ShuffleSchedule(world_size, size, seed)
@@ -394,6 +432,13 @@ def _grid_dims(world_size: int, group_size: int) -> tuple[int, ...]:
         best: tuple[int, ...] = min(_factorizations(rest, 2), key=key)
         dims += best
     return tuple(sorted(dims, reverse=True))
+
+
+def _dims_within(dims: tuple[int, ...], ranks: int) -> tuple[int, ...]:
+    """``dims``, last those whose product divides ``ranks``: as large a product as there is."""
+    choices = (within for k in range(len(dims) + 1) for within in combinations(dims, k))
+    last = max((within for within in choices if ranks % math.prod(within) == 0), key=math.prod)
+    return (*(Counter(dims) - Counter(last)).elements(), *last)
 
 
 def _factorizations(n: int, smallest: int) -> Iterator[tuple[int, ...]]:

@@ -134,7 +134,7 @@ class DSSyncStrategy(DDPStrategy):
         self._no_loss = False
         self._stepping = False  # an optimizer's step has begun: its closure is running
         self._signals: StopSignals | None = None
-        self.asked_for: Any = None  # as ckpt_path
+        self.asked_for: Any = None  # as ckpt_path; see resume
         self._mark: str | None = None  # of the replicas beside the checkpoint that is being saved
         self._replica: dict[str, Any] | None = None  # read, and to be restored before the first batch
         self.timed = False  # set by ConsensusMonitor: only then is the time of averages taken
@@ -143,7 +143,8 @@ class DSSyncStrategy(DDPStrategy):
 
     @override
     def _configure_launcher(self) -> None:
-        if self._start_method == "popen":
+        assert self.cluster_environment is not None
+        if self._start_method == "popen" or self.cluster_environment.creates_processes_externally:
             self._launcher = ScriptLauncher(self)
         else:
             self._launcher = ProcessLauncher(self, self._start_method)
@@ -153,7 +154,7 @@ class DSSyncStrategy(DDPStrategy):
         self.set_world_ranks()
         assert self.lightning_module is not None
         trainer = self.lightning_module.trainer
-        if self.world_size > 1 and trainer.state.fn == TrainerFn.FITTING:
+        if self.world_size > 1:
             self._signals = StopSignals(trainer, self)
         if self._start_method == "fork":
             # torch replaces the thread pool it inherited at the first use, which two threads at once do not survive.
@@ -161,7 +162,7 @@ class DSSyncStrategy(DDPStrategy):
         error = None
         if self.world_size > 1:
             try:
-                self._schedule = self._make_schedule()
+                make_schedule(self.schedule, self.world_size, self.group_size, self.seed)
             except ValueError as e:
                 if isinstance(self.schedule, str):
                     raise  # on every rank alike, before any of them waits for another
@@ -171,6 +172,7 @@ class DSSyncStrategy(DDPStrategy):
             self._attendance = Attendance(f"attendance {next(_ATTENDANCES)}", self._timeout)
             with self._meeting("to compare options"):
                 require_agreement("the strategy's options", self._options(), error)
+            self._schedule = self._make_schedule(self._attendance.hosts)
         connector = trainer._checkpoint_connector
         if "resume_start" not in vars(connector):
             connector.resume_start = partial(self._resume_start, connector.resume_start)  # type: ignore[method-assign]
@@ -241,8 +243,8 @@ class DSSyncStrategy(DDPStrategy):
             "save_replicas": self.save_replicas,
         }
 
-    def _make_schedule(self) -> Schedule:
-        schedule = make_schedule(self.schedule, self.world_size, self.group_size, self.seed)
+    def _make_schedule(self, hosts: list[str]) -> Schedule:
+        schedule = make_schedule(self.schedule, self.world_size, self.group_size, self.seed, hosts)
         if schedule is self.schedule and self.group_size != "auto":
             rank_zero_warn(f"dssync: group_size={self.group_size} has no effect: {schedule!r} decides.")
         if self.seed and self.schedule not in ("auto", "shuffle"):

@@ -30,7 +30,7 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from ds_lightning.consensus import broadcast_from_rank_0, consensus_of, consensus_of_optimizer_state
-from ds_lightning.groups import ScheduledGroups, name_ranks, name_timeout
+from ds_lightning.groups import ScheduledGroups, gather_hosts, name_ranks, name_timeout
 from ds_lightning.lanes import Clock, Lane, make_lane
 from ds_lightning.payload import Payload
 from ds_lightning.rows import TouchedRows, is_table
@@ -88,7 +88,8 @@ class DSSynchronizer:
         module: The model.
         optimizer: Its optimizer. With several optimizers make one synchronizer for each, with the same ``groups``:
             each counts its own steps, so that every set of parameters meets every group of the schedule.
-        groups: Process groups of a schedule; default: those of ``make_schedule("auto", world_size)``.
+        groups: Process groups of a schedule; default: those of ``make_schedule("auto", world_size)`` on the hosts of
+                the ranks.
         sync_every: Optimizer steps between synchronizations; between :meth:`start` and :meth:`finish` one travels for
             all of them.
         wire_dtype: dtype in which parameters are sent: ``None`` (as stored), ``"fp32"``, ``"bf16"``, ``"fp16"``,
@@ -123,7 +124,8 @@ class DSSynchronizer:
         self.average_optimizer_state = check_state_names(average_optimizer_state)
         self.optimizer_state_every = positive_int("optimizer_state_every", optimizer_state_every)
         if groups is None:
-            groups = ScheduledGroups(make_schedule("auto", dist.get_world_size()))
+            hosts = gather_hosts()
+            groups = ScheduledGroups(make_schedule("auto", dist.get_world_size(), nodes=hosts), hosts=hosts)
         self.groups = groups
         self.index = index
         self.step = 0

@@ -165,7 +165,7 @@ class Study:
         found = next((entry for entry in self.runs if (entry["overrides"], entry["config"]) == (key, config)), None)
         if found is None:
             shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run left
-            own = ["callbacks.progress=null", "callbacks.checkpoint=null", "logger=csv"]
+            own = ["callbacks.progress=null", "callbacks.checkpoint=null", "callbacks.last=null", "logger=csv"]
             own.append(f"trainer.log_every_n_steps={monitor_every}")
             cfg = configure(folder, [*key, *own])
             if cfg.strategy._target_.startswith("ds_lightning."):

@@ -30,6 +30,7 @@ def demo(args: argparse.Namespace) -> None:
         f"model.optimizer.lr={args.lr}",
         f"seed={args.seed}",
         "callbacks.checkpoint=null",
+        "callbacks.last=null",
     ]
     results, folders = {}, {}
     for strategy in STRATEGIES:

@@ -23,7 +23,7 @@ from omegaconf import DictConfig
 from torch import nn
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
-import ds_lightning  # noqa: F401  (registers the strategy names)
+import ds_lightning
 
 # Lightning cannot know that our evaluation shards are exact, nor that 0 loader workers are right for data in memory;
 # the others are between Lightning or ds_lightning and newer torch.
@@ -60,6 +60,10 @@ def train(cfg: DictConfig) -> dict[str, float]:
         # Else Lightning adds a bar of its own.
         enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),
     )
+    if trainer.world_size == 1 or not isinstance(
+        trainer.strategy, ds_lightning.DSSyncStrategy
+    ):  # else it does so itself
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
     trainer.fit(model, data, ckpt_path=cfg.ckpt_path)
     results = {name: float(value) for name, value in trainer.callback_metrics.items()}
     # The last weights, not the best: nothing that is tested was chosen by a metric.

@@ -15,14 +15,17 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import AsyncCheckpointIO
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from torch import nn
 from torch.utils.data import DataLoader
 
 from ds_lightning import AtomicCheckpointIO, BackgroundCheckpointIO, DSSyncStrategy
 from ds_lightning.checkpoint import _candidates
 from tests.ranks import run_ranks
+from tests.reference import flat
 from tests.test_strategy import Net, RankData, trainer_for
 
 BOTH = pytest.mark.parametrize("make", [AtomicCheckpointIO, BackgroundCheckpointIO])
@@ -374,3 +377,55 @@ def test_testing_takes_weights_alone(ranks, checkpoint, tmp_path):
         trainer_for(rank).test(Tested(), DataLoader(RankData(rank, 1), batch_size=None), str(path), verbose=False)
 
     run_ranks(run, ranks)
+
+
+class Tested(Net):
+    def test_step(self, batch, batch_idx):
+        pass
+
+
+class Evaluated(pl.Callback):
+    """The parameters that a test sees."""
+
+    def on_test_epoch_end(self, trainer, pl_module):
+        self.seen = flat(pl_module)
+
+
+@pytest.mark.parametrize("slurm", [False, True])
+def test_a_test_after_fit_is_that_of_the_model_or_of_the_best(slurm, tmp_path):
+    """Not of what a stop left in the middle of training, which Lightning takes for it in a requeued job of Slurm's."""
+
+    def run(rank):
+        if slurm:
+            tasks = {"JOB_ID": 4711, "PROCID": rank, "LOCALID": rank, "NODEID": 0, "NTASKS": 2, "NTASKS_PER_NODE": 2}
+            os.environ.update({f"SLURM_{name}": str(value) for name, value in tasks.items()}, SLURM_JOB_NAME="train")
+        plugins = [SLURMEnvironment()] if slurm else []
+        evaluated = Evaluated()
+        best = ModelCheckpoint(tmp_path, "best", monitor="step", mode="min", every_n_train_steps=3, save_last=True)
+        trainer = trainer_for(
+            rank,
+            [evaluated, best],
+            max_epochs=1,
+            enable_checkpointing=True,
+            default_root_dir=tmp_path,
+            plugins=plugins,
+        )
+        module, data = Tested(), DataLoader(RankData(rank, 12), batch_size=None)
+        trainer.fit(module, data)
+        trainer.save_checkpoint(tmp_path / "hpc_ckpt_1.ckpt", weights_only=True)
+        if rank == 0:
+            stopped = torch.load(tmp_path / "hpc_ckpt_1.ckpt", weights_only=True)
+            stopped["state_dict"] = {name: value * 2 for name, value in stopped["state_dict"].items()}
+            torch.save(stopped, tmp_path / "hpc_ckpt_1.ckpt")
+        dist.barrier()
+        final = flat(module)
+        trainer.test(module, data, verbose=False)
+        assert torch.equal(evaluated.seen, final)
+        trainer.test(dataloaders=data, verbose=False)
+        module.load_state_dict(torch.load(tmp_path / "best.ckpt", weights_only=True)["state_dict"])
+        assert torch.equal(evaluated.seen, flat(module))
+        assert not torch.equal(evaluated.seen, final)
+        trainer.test(module, data, ckpt_path="hpc", verbose=False)
+        return torch.equal(evaluated.seen[:8], 2 * final[:8])
+
+    assert run_ranks(run, 2) == [True, True]

@@ -97,7 +97,7 @@ def test_modern_training_replaces_the_schedule():
         ("callbacks=swa", "callbacks.swa.start=1"),
         # One small process: on two busy cores this takes a minute.
         ("compile=true", "trainer.devices=1", "model.net.width=1", "trainer.limit_val_batches=0")
-        + ("trainer.limit_test_batches=0", "callbacks.checkpoint=null"),
+        + ("trainer.limit_test_batches=0", "callbacks.checkpoint=null", "callbacks.last=null"),
     ],
     ids=["modern", "swa", "compile"],
 )
@@ -112,12 +112,17 @@ def test_application_trains_with(overrides, tmp_path):
 
 @pytest.mark.parametrize("trainer", sorted(path.stem for path in (CONF / "trainer").glob("*.yaml")))
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_every_trainer_and_strategy_instantiate(strategy, trainer, tmp_path):
+def test_every_trainer_and_strategy_instantiate(strategy, trainer, tmp_path, monkeypatch):
+    if trainer == "slurm":
+        monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "3")
+        monkeypatch.setenv("SLURM_NNODES", "2")
     cfg = digits(f"strategy={strategy}", f"trainer={trainer}", f"output_dir='{tmp_path}'")
     built = instantiate(cfg.trainer, logger=False)
     assert isinstance(built, Trainer)
     assert isinstance(built.strategy, DDPStrategy)
-    assert built.strategy._start_method == ("popen" if trainer == "default" else "fork")
+    assert built.strategy._start_method == ("popen" if trainer in ("default", "slurm") else "fork")
+    if trainer == "slurm":
+        assert (built.num_devices, built.num_nodes) == (3, 2)
 
 
 @pytest.mark.parametrize("logger", sorted(path.stem for path in (CONF / "logger").glob("*.yaml")))

@@ -3,6 +3,8 @@
 import os
 import random
 import signal
+import subprocess
+import sys
 import threading
 import time
 import warnings
@@ -291,3 +293,90 @@ def test_no_batch_waits_for_all_ranks(tmp_path, monkeypatch):
     for counts in run_ranks(run, 4):
         assert len(counts) == 12
         assert counts[0] == counts[-1]
+
+
+def pretend_slurm(rank, folder):
+    """Two tasks of a job, whose `scontrol` writes what it is asked into the file `log`."""
+    slurm = {"JOB_ID": "4711", "PROCID": rank, "LOCALID": rank, "NODEID": 0, "NTASKS": 2, "NTASKS_PER_NODE": 2}
+    os.environ.update({f"SLURM_{name}": str(value) for name, value in slurm.items()}, SLURM_JOB_NAME="train")
+    os.environ["PATH"] = f"{folder}:{os.environ['PATH']}"
+    scontrol = folder / f"scontrol-{rank}"
+    scontrol.write_text(
+        f'#!/bin/sh\necho $* >> {folder}/log\n[ $1 = requeue ] || echo "JobId=4711 $(cat {folder}/shown) Power="\n'
+    )
+    scontrol.chmod(0o755)
+    scontrol.rename(folder / "scontrol")
+    return [SLURMEnvironment()]
+
+
+@pytest.mark.parametrize(
+    ("shown", "requeued"),
+    [
+        ("JobState=RUNNING PreemptTime=2026-11-25T04:51:47", True),  # has GraceTime: would be over if it ended now
+        ("JobState=COMPLETING PreemptTime=None", False),  # cancelled
+        ("JobState=COMPLETING Restarts=1", False),  # requeued already
+        ("JobState=RUNNING PreemptTime=None", False),  # somebody else's kill
+    ],
+)
+def test_a_job_that_slurm_preempts_with_grace_is_requeued(shown, requeued, tmp_path):
+    (tmp_path / "shown").write_text(shown)
+
+    def run(rank):
+        plugins = pretend_slurm(rank, tmp_path)
+        return fit_until_a_signal(rank, str(tmp_path), Slow(0.01), [SignalAt(signal.SIGTERM, 0.2)], plugins)[1]
+
+    assert run_ranks(run, 2) == [True, True]
+    asked = (tmp_path / "log").read_text().splitlines()
+    assert asked == ["--oneliner show job 4711", *["requeue 4711"] * requeued]
+
+
+def test_a_signal_that_was_blocked_until_fit_stops_it(tmp_path):
+    """As recipes do it under Slurm: it would have ended the job while everything is imported."""
+
+    def run(rank):
+        plugins = pretend_slurm(rank, tmp_path)
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        end = fit_until_a_signal(rank, str(tmp_path), Slow(), [], plugins, devices=2)
+        os.kill(os.getpid(), signal.SIGUSR1)  # waits again
+        assert signal.SIGUSR1 in signal.sigpending()
+        return end
+
+    ends = run_ranks(run, 2, init=False)  # threads that were there before would not block it
+    assert ends[0] == ends[1]
+    assert ends[0][1]
+    assert ends[0][0] < 100
+    assert (tmp_path / "log").read_text() == "requeue 4711\n"
+    assert (tmp_path / "hpc_ckpt_1.ckpt").exists()
+
+
+def test_recipes_do_not_die_of_the_requeue_signal_while_they_are_imported():
+    command = "import os, signal, recipes; os.kill(os.getpid(), signal.SIGUSR1); print(*signal.sigpending())"
+    for job, expected in ({"SLURM_JOB_ID": "1"}, "10\n"), ({}, ""):
+        done = subprocess.run(
+            [sys.executable, "-c", command], env={**os.environ, **job}, capture_output=True, text=True, timeout=60
+        )
+        assert (done.stdout, done.returncode) == (expected, 0 if job else -signal.SIGUSR1)
+
+
+class Tested(Slow):
+    def test_step(self, batch, batch_idx):
+        self.validation_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("function", ["validate", "test"])
+def test_a_job_is_requeued_at_once_where_there_is_nothing_to_save(function, tmp_path):
+    """Lightning would save a checkpoint inside the handler, while other ranks wait for another collective."""
+
+    def run(rank):
+        plugins = pretend_slurm(rank, tmp_path)
+        trainer = trainer_for(rank, [SignalAt(signal.SIGUSR1, 0.2)], plugins=plugins, default_root_dir=str(tmp_path))
+        getattr(trainer, function)(
+            Tested(0.01 * (1 + rank)), DataLoader(RankData(rank, 60), batch_size=None), verbose=False
+        )
+        return signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
+
+    assert run_ranks(run, 2) == [True, True]
+    assert (tmp_path / "log").read_text() == "requeue 4711\n"
+    assert not list(tmp_path.glob("*.ckpt"))

@@ -4,6 +4,7 @@ import math
 import subprocess
 import sys
 import time
+from itertools import permutations
 
 import numpy as np
 import pytest
@@ -29,11 +30,19 @@ def worlds(draw, largest=200):
     return n, draw(st.integers(min(2, n), n))
 
 
+def on_nodes(world, nodes, seed):
+    n, g = world
+    return GridSchedule(n, g, [(rank * seed + rank // 3) % nodes for rank in range(n)])
+
+
+def grids_on_nodes(largest=200):
+    return st.builds(on_nodes, worlds(largest), st.integers(1, 9), st.integers(0, 20))
+
+
 def schedules(largest=200):
-    return st.builds(
-        lambda world, make: make(*world),
-        worlds(largest),
-        st.sampled_from([GridSchedule, ShuffleSchedule, lambda n, g: make_schedule("auto", n, g)]),
+    makes = [GridSchedule, ShuffleSchedule, lambda n, g: make_schedule("auto", n, g)]
+    return st.one_of(
+        st.builds(lambda world, make: make(*world), worlds(largest), st.sampled_from(makes)), grids_on_nodes(largest)
     )
 
 
@@ -62,9 +71,8 @@ def test_group_agrees_with_partition(schedule, t, some):
     assert all(list(group) == sorted(group) for group in schedule.partition(t))
 
 
-@given(worlds(60), st.integers(0, 20))
-def test_grid_reaches_exact_consensus_after_any_k_steps(world, t):
-    schedule = GridSchedule(*world)
+@given(st.one_of(st.builds(lambda world: GridSchedule(*world), worlds(60)), grids_on_nodes(60)), st.integers(0, 20))
+def test_grid_reaches_exact_consensus_after_any_k_steps(schedule, t):
     n, product = schedule.world_size, np.eye(schedule.world_size)
     for i in range(schedule.period):
         product = mixing_matrix(schedule, t + i) @ product
@@ -80,6 +88,38 @@ def test_grid_needs_no_more_groups_than_exact_ones_of_g_would(world):
     assert schedule.period == 1 or g ** (schedule.period - 1) < n
     if n > 1 and math.isclose(math.log(n, g), round(math.log(n, g))):
         assert set(schedule.dims) == {g}
+
+
+@given(st.integers(1, 6), st.integers(1, 12), st.integers(2, 8), st.randoms())
+def test_a_grid_is_laid_out_node_by_node_however_ranks_are_numbered(nodes, each, g, random):
+    """The more exchanges stay within nodes, the better; no order of the axes has more."""
+    n, number = nodes * each, [i for i in range(nodes) for _ in range(each)]
+    g = min(g, n)
+    inside = {s for p in permutations(GridSchedule(n, g).dims) for s in [math.prod(p[i:]) for i in range(len(p) + 1)]}
+    most = max(product for product in inside if each % product == 0)
+    random.shuffle(number)
+    schedule = GridSchedule(n, g, number)
+    assert sorted(schedule.dims) == sorted(GridSchedule(n, g).dims)
+    reached = math.prod(
+        len(schedule.partition(t)[0])
+        for t in range(schedule.period)
+        if all(len({number[rank] for rank in group}) == 1 for group in schedule.partition(t))
+    )
+    assert reached == most
+
+
+def test_ranks_that_slurm_deals_out_in_turn_still_pair_up_within_nodes():
+    cyclic = GridSchedule(8, 2, nodes=["n1", "n2"] * 4)
+    assert cyclic.partition(0) == ((0, 1), (2, 3), (4, 5), (6, 7))  # between nodes
+    assert cyclic.partition(1) == ((0, 4), (2, 6), (1, 5), (3, 7))
+    assert cyclic.partition(2) == ((0, 2), (4, 6), (1, 3), (5, 7))
+    assert repr(cyclic) == "GridSchedule(world_size=8, group_size=2, nodes=(0, 1, 0, 1, 0, 1, 0, 1))"
+    assert eval(repr(cyclic)).partition(1) == cyclic.partition(1)
+    three = GridSchedule(6, 2, nodes="aaabbb")  # 3 times 2: pairs within nodes of 3 would leave one out
+    assert (three.dims, three.partition(1)) == ((2, 3), ((0, 1, 2), (3, 4, 5)))
+    assert repr(GridSchedule(4, 2, nodes="aabb")) == repr(GridSchedule(4, 2))  # as they were
+    with pytest.raises(ValueError, match=r"nodes has 3 entries for 4 ranks.*HINT"):
+        GridSchedule(4, 2, nodes="aab")
 
 
 @given(worlds(80), st.integers(0, 100), st.integers(0, 100))

@@ -4,6 +4,7 @@ Each case compares all parameters and float buffers of every rank after every op
 """
 
 import math
+import socket
 import warnings
 from datetime import timedelta
 from functools import partial
@@ -19,7 +20,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset
 
-from ds_lightning import DSSyncStrategy, GridSchedule, ShuffleSchedule, mixing_matrix
+from ds_lightning import DSSynchronizer, DSSyncStrategy, GridSchedule, ShuffleSchedule, mixing_matrix
 from tests.ranks import QUIET, run_ranks
 from tests.reference import Reference, averaged, flat, mix, relative_error
 from tests.test_synchronizer import OPTIMIZERS, batch, make_model
@@ -648,3 +649,20 @@ def test_no_group_is_made_while_training(schedule, monkeypatch):
         return strategy.statistics.synchronizations
 
     assert run_ranks(run, WORLD) == [BATCHES] * WORLD
+
+
+@pytest.mark.parametrize("hosts", ["abab", "aabb", "abcd"])
+def test_groups_within_hosts_however_ranks_are_dealt_out(hosts, monkeypatch):
+    def run(rank):
+        monkeypatch.setattr(socket, "gethostname", lambda: hosts[rank])
+        strategy = DSSyncStrategy(timeout=timedelta(seconds=20))
+        trainer_for(rank, strategy=strategy).fit(Net(), DataLoader(RankData(rank, 2), batch_size=None))
+        model = nn.Linear(1, 1)
+        alone = DSSynchronizer(model, torch.optim.SGD(model.parameters()))
+        return [[g.at(t)[0] for t in range(2)] for g in (strategy._groups, alone.groups)]
+
+    expected = GridSchedule(4, 2, hosts)
+    groups = [[expected.group(rank, t) for t in range(2)] for rank in range(4)]
+    assert run_ranks(run, 4) == [[mine, mine] for mine in groups]
+    if hosts == "abab":
+        assert groups[0] == [(0, 1), (0, 2)]

@@ -1,0 +1,1 @@
+"""Training under a real Slurm of several nodes on this machine."""
