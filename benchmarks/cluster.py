@@ -270,6 +270,32 @@ class Cluster:
             over.set()
             thread.join()
 
+    # ---- faults -----------------------------------------------------------------------------------------------------
+
+    def cut(self, rank: int) -> None:
+        """Pulls the cable of a rank's host: what is sent is lost, and no connection is told."""
+        self._plug_port(rank, "down")
+
+    def mend(self, rank: int) -> None:
+        """Plugs the cable in again. A connection goes on when its sender next tries again."""
+        self._plug_port(rank, "up")
+
+    def slow(self, rank: int, share: float) -> None:
+        """Gives a rank's link this share of its rate, in both directions, also while it is used; 1 is all of it."""
+        host, rack, port = self._cable(rank)
+        for namespace, device in ((host, "eth0"), (rack, port)):
+            _batch(["tc", "-n", namespace], [self._shape(device, self.rates[rank] * share)])
+
+    def _plug_port(self, rank: int, state: str) -> None:
+        # The switch's side: the host's own would lose its routes with the link.
+        _, rack, port = self._cable(rank)
+        _command("ip", "-n", rack, "link", "set", port, state)
+
+    def _cable(self, rank: int) -> tuple[str, str, str]:
+        if not self.setting.shaped:
+            raise ValueError("ranks on the loopback interface have no links of their own")
+        return list(self._cables())[rank]
+
     # ---- what runs on it --------------------------------------------------------------------------------------------
 
     def address(self, rank: int) -> str:

@@ -380,6 +380,57 @@ def test_a_contended_link_changes_while_it_is_used(monkeypatch):
     assert max(rates) <= 100_000
 
 
+def echo(rank: int, start: float) -> list[float]:
+    """Rank 0 says something every 0.1 s, which rank 1 hears; returns when each arrived, in seconds after `start`."""
+    if rank == 0:
+        time.sleep(max(0.0, start - time.monotonic()))
+        with socket.create_connection(("10.0.0.2", 4000), timeout=5) as s:
+            for _ in range(30):
+                s.sendall(bytes(10_000))
+                time.sleep(0.1)
+        return []
+    heard = []
+    with socket.create_server(("10.0.0.2", 4000)) as server:
+        connection, _ = server.accept()
+        while connection.recv(1 << 20):
+            heard.append(time.monotonic() - start)
+    return heard
+
+
+@needs_cluster
+@pytest.mark.slow
+@pytest.mark.parametrize("cut", [0, 1])
+def test_a_cut_link_carries_nothing_until_it_is_mended(cut):
+    with homogeneous() as c:
+        start = time.monotonic() + 1
+        timers = [threading.Timer(2, c.cut, (cut,)), threading.Timer(3, c.mend, (cut,))]
+        for timer in timers:
+            timer.start()
+        heard = c.call(echo, start, timeout=30)[1]
+    pause, begin = max((after - before, before) for before, after in itertools.pairwise(heard))
+    assert 0.7 < begin < 1.5
+    assert 0.8 < pause < 5
+    assert heard[-1] > 2.5
+
+
+@needs_cluster
+@pytest.mark.slow
+def test_a_link_can_be_slowed_while_it_is_used():
+    with Cluster(2, 50, SETTINGS["homogeneous"]) as c:
+        c.slow(1, 0.2)
+        slow = c.call(flow, {0: 1, 1: 0}, time.monotonic() + 1, timeout=30)
+        c.slow(1, 1)
+        fast = c.call(flow, {0: 1, 1: 0}, time.monotonic() + 1, timeout=30)
+    for rank in range(2):
+        assert slow[rank][0] < 1.1 * 10
+        assert fast[rank][0] > 2 * slow[rank][0]
+
+
+def test_ranks_on_the_loopback_have_no_links_to_cut():
+    with pytest.raises(ValueError, match="no links of their own"):
+        Cluster(2, 100, SETTINGS["loopback"]).cut(0)
+
+
 @needs_cluster
 @pytest.mark.slow
 def test_step_times_of_real_fits_end_to_end(tmp_path, monkeypatch):
