@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
+import json
 import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import partial
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
+from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
 
 from ds_lightning.schedule import Group, Schedule, check_schedule, schedule_period
+
+T = TypeVar("T")
+
+_EXCHANGES = itertools.count()  # of this process, and the same on all ranks: the store may outlive process groups
+GRACE = 2.0  # seconds: torch's own error, which says more, is to come first
 
 
 class ScheduledGroups:
@@ -71,7 +82,7 @@ class ScheduledGroups:
             for members in (tuple(sorted(group)) for group in partition):
                 if len(members) > 1 and members not in seen:
                     seen.add(members)
-                    group = dist.new_group(list(members), timeout=timeout)
+                    group = within(timeout, partial(dist.new_group, list(members), timeout=timeout))
                     if isinstance(group, dist.ProcessGroup):  # else this rank is no member
                         mine[members] = group
         own = [tuple(sorted(schedule.group(self.rank, t))) for t in range(period)]
@@ -88,8 +99,7 @@ class ScheduledGroups:
 
 def gather_hosts() -> list[str]:
     """The host of each rank."""
-    hosts = [""] * dist.get_world_size()
-    dist.all_gather_object(hosts, socket.gethostname())
+    hosts: list[str] = json.loads(exchange(socket.gethostname(), json.dumps))
     return hosts
 
 
@@ -105,17 +115,55 @@ def name_timeout(timeout: timedelta | None) -> str:
     return "the backend's default timeout" if timeout is None else f"{timeout}"
 
 
+def within(timeout: timedelta | None, call: Callable[[], T]) -> T:
+    """What ``call`` returns or raises, which must be what makes process groups or asks the key-value store.
+
+    torch waits for the store's answers without a limit, so that a rank whose link is cut would never end.
+
+    Raises:
+        RuntimeError: If it takes longer than the timeout and :data:`GRACE`.
+    """
+    if timeout is None:
+        return call()
+    future: Future[T] = Future()
+    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None  # each thread has its own
+
+    def run() -> None:
+        try:
+            if device is not None:
+                torch.cuda.set_device(device)
+            future.set_result(call())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="dssync: store", daemon=True).start()
+    try:
+        return future.result(timeout.total_seconds() + GRACE)
+    except FutureTimeoutError:
+        if future.done():  # its own error: from Python 3.11 on it is of this class as well
+            raise
+        raise RuntimeError("the key-value store, or a rank, does not answer") from None
+
+
+def own_store(name: str, timeout: timedelta | None) -> Store:
+    """The store that the process groups were made with, by keys and over a connection that nobody else uses.
+
+    A call that waits for another rank's word would hold up all that use the same connection.
+    """
+    store = _get_default_store()
+    return PrefixStore(f"dssync: {name}", within(timeout, store.clone) if hasattr(store, "clone") else store)
+
+
 class Attendance:
     """Says whom a rank waited for when all were to meet: each tells the key-value store before it waits.
 
     Args:
-        name: Another for each attendance of a process; the same on all ranks.
+        store: With keys that nobody else uses; another for each attendance of a process.
         timeout: Of the collectives, for messages.
     """
 
-    def __init__(self, name: str, timeout: timedelta | None) -> None:
-        store = _get_default_store()
-        self._store = PrefixStore(f"dssync: {name}", store.clone() if hasattr(store, "clone") else store)
+    def __init__(self, store: Store, timeout: timedelta | None) -> None:
+        self._store = store
         self._rank, self._timeout = dist.get_rank(), timeout
         self._meetings = 0
         self._inside = False
@@ -166,11 +214,11 @@ class Attendance:
                     came.append(rank)
             answered.set()
 
-        # The store's server may hang, or have ended with rank 0.
+        # The store's server may hang, be cut off, or have ended with rank 0.
         answered = threading.Event()
         thread = threading.Thread(target=_quietly, args=(ask,), daemon=True)
         thread.start()
-        thread.join(3)
+        thread.join(2)
         absent = [rank for rank in others if rank not in came]
         return name_ranks(absent if answered.is_set() and absent else others, self.hosts)
 
@@ -188,23 +236,46 @@ def require_agreement(what: str, value: object, error: str | None = None) -> Non
         value: Compared by its ``repr``; only a digest travels unless ranks differ.
         error: What this rank alone may have found wrong.
     """
-    mine = (hashlib.sha256(repr(value).encode()).hexdigest(), error)
-    everyones: list[tuple[str, str | None]] = [mine] * dist.get_world_size()
-    dist.all_gather_object(everyones, mine)
-    if errors := {rank: e for rank, (_, e) in enumerate(everyones) if e is not None}:
-        first = min(errors)
-        where = "on every rank" if len(errors) == len(everyones) else f"on ranks {sorted(errors)}"
-        raise ValueError(f"{errors[first]} (found {where})")
-    digests = [digest for digest, _ in everyones]
-    if len(set(digests)) > 1:
-        odd = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
-        values: list[str] = [""] * len(everyones)
-        dist.all_gather_object(values, repr(value))
+    mine = [hashlib.sha256(repr(value).encode()).hexdigest(), error]
+    verdict = json.loads(exchange(json.dumps(mine), lambda words: json.dumps(_judge([*map(json.loads, words)]))))
+    if isinstance(verdict, str):
+        raise ValueError(verdict)
+    if verdict:  # ranks whose value differs from rank 0's
+        shown = repr(value) if dist.get_rank() in (0, verdict[0]) else ""
+        difference = exchange(shown, lambda words: _difference(words[verdict[0]], words[0]))
         raise ValueError(
-            f"Ranks do not agree on {what}: rank {odd[0]} differs from rank 0"
-            f" ({_difference(values[odd[0]], values[0])}); ranks that differ from rank 0: {odd}."
-            " HINT: build it from the same arguments and seed on every rank."
+            f"Ranks do not agree on {what}: rank {verdict[0]} differs from rank 0 ({difference});"
+            f" ranks that differ from rank 0: {verdict}. HINT: build it from the same arguments and seed on every rank."
         )
+
+
+def _judge(everyones: list[tuple[str, str | None]]) -> str | list[int]:
+    """An error that some rank has, or the ranks whose digest is not that of rank 0."""
+    if errors := {rank: error for rank, (_, error) in enumerate(everyones) if error is not None}:
+        where = "on every rank" if len(errors) == len(everyones) else f"on ranks {sorted(errors)}"
+        return f"{errors[min(errors)]} (found {where})"
+    return [rank for rank, (digest, _) in enumerate(everyones) if digest != everyones[0][0]]
+
+
+def exchange(word: str, conclude: Callable[[list[str]], str]) -> str:
+    """What rank 0 concludes from the words of all ranks. Collective.
+
+    Each rank sends and receives one message, through the key-value store; a collective would take N of each.
+
+    Raises:
+        RuntimeError: If a rank, or the store, does not answer within the timeout of the store.
+    """
+    default = _get_default_store()
+    store = PrefixStore(f"dssync: exchange {next(_EXCHANGES)}", default)
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+
+    def run() -> str:
+        store.set(str(rank), word)
+        if rank == 0:
+            store.set("conclusion", conclude([store.get(str(r)).decode() for r in range(ranks)]))
+        return str(store.get("conclusion").decode())
+
+    return within(default.timeout, run)  # type: ignore[attr-defined]
 
 
 def _difference(one: str, other: str) -> str:

@@ -28,7 +28,9 @@ from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcess
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
-from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
+from torch.distributed.distributed_c10d import Store
+
+from ds_lightning.groups import own_store
 
 if TYPE_CHECKING:
     from ds_lightning.strategy import DSSyncStrategy
@@ -90,7 +92,7 @@ class StopAgreement:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        self._thread.join(5)  # it may be waiting for a store whose server hangs
+        self._thread.join(1)  # it may be waiting for a store whose server hangs, or whose link is cut
         return self.why
 
     def _watch(self) -> None:
@@ -205,10 +207,7 @@ class StopSignals:
 
     def start(self, timeout: timedelta) -> None:
         """Let ranks agree from here on; the process groups must exist."""
-        store = _get_default_store()
-        # A connection of its own: a call that waits for another rank's word would hold up the thread that watches.
-        store = store.clone() if hasattr(store, "clone") else store
-        store = PrefixStore(f"dssync: stop {next(self._fits)}", store)
+        store = own_store(f"stop {next(self._fits)}", timeout)
         rank, world_size = self._trainer.global_rank, self._trainer.world_size
         self._agreement = StopAgreement(store, rank, world_size, timeout.total_seconds())
         if self._why is not None:  # came before; a later one is noted there as well

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import os
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -35,7 +37,7 @@ from typing_extensions import override
 
 from ds_lightning.checkpoint import AtomicCheckpointIO, require_resumable, resume
 from ds_lightning.consensus import broadcast_from_rank_0, consensus_of, consensus_of_optimizer_state
-from ds_lightning.groups import Attendance, ScheduledGroups, require_agreement
+from ds_lightning.groups import Attendance, ScheduledGroups, name_timeout, own_store, require_agreement, within
 from ds_lightning.launchers import ProcessLauncher, ScriptLauncher
 from ds_lightning.options import check_bool, check_ddp_kwargs, check_group_size_alone
 from ds_lightning.preemption import StopSignals
@@ -167,15 +169,32 @@ class DSSyncStrategy(DDPStrategy):
                 if isinstance(self.schedule, str):
                     raise  # on every rank alike, before any of them waits for another
                 error = str(e)  # a schedule object may be wrong on one rank only, and the others must not wait for it
-        super().setup_distributed()
+        with self._meeting_at_the_store():
+            within(self._timeout, super().setup_distributed)
+            store = own_store(f"attendance {next(_ATTENDANCES)}", self._timeout)
         if self.world_size > 1:
-            self._attendance = Attendance(f"attendance {next(_ATTENDANCES)}", self._timeout)
+            _warn_of_torchruns_store()
+            self._attendance = Attendance(store, self._timeout)
             with self._meeting("to compare options"):
                 require_agreement("the strategy's options", self._options(), error)
             self._schedule = self._make_schedule(self._attendance.hosts)
         connector = trainer._checkpoint_connector
         if "resume_start" not in vars(connector):
             connector.resume_start = partial(self._resume_start, connector.resume_start)  # type: ignore[method-assign]
+
+    @contextmanager
+    def _meeting_at_the_store(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            environment = self.cluster_environment
+            assert environment is not None
+            raise RuntimeError(
+                f"Rank {self.global_rank} ({socket.gethostname()}) could not meet the other {self.world_size - 1} ranks"
+                f" at {environment.main_address}:{environment.main_port} within {name_timeout(self._timeout)}:"
+                f" {str(error).rstrip('.')}. HINT: one of them ended or did not start, or a host cannot be"
+                " reached; their own logs say more."
+            ) from error
 
     @override
     def configure_ddp(self) -> None:
@@ -193,10 +212,10 @@ class DSSyncStrategy(DDPStrategy):
                 broadcast_from_rank_0(model)
             if self._groups is None:
                 self._groups = ScheduledGroups(self._schedule, self._timeout, self._attendance.hosts)
+            if self._signals is not None:
+                self._signals.start(self._timeout or default_pg_timeout)
         if first:
             rank_zero_info(f"dssync: {_describe(self._schedule, self._groups.period)}.")
-        if self._signals is not None:
-            self._signals.start(self._timeout or default_pg_timeout)
         if self.optimizer_state_every > 1 and not self.average_optimizer_state:
             rank_zero_warn(
                 f"dssync: optimizer_state_every={self.optimizer_state_every} has no effect: there is no"
@@ -626,6 +645,16 @@ class DSSyncStrategy(DDPStrategy):
                     description=f"Divide-and-Shuffle Synchronization with `start_method` '{start_method}'",
                     start_method=start_method,
                 )
+
+
+def _warn_of_torchruns_store() -> None:
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        rank_zero_warn(
+            "dssync: torchrun keeps one key-value store over all restarts, where new ranks find addresses of the ended"
+            f" ones (pytorch issue 135712), so that --max-restarts={restarts} may not bring the job back. HINT: set"
+            " TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment of torchrun, with --rdzv-backend=c10d."
+        )
 
 
 def _describe(schedule: Schedule, period: int) -> str:

@@ -121,4 +121,11 @@ if __name__ == "__main__":
     if _global_rank() > 0:
         # One output directory per run: the ranks that torchrun or Slurm started beside rank 0 write none of their own.
         sys.argv += ["hydra.run.dir=.", "hydra.output_subdir=null"]
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # torchrun has started the ranks, after a restart perhaps on fewer nodes.
+        sys.argv += [
+            "strategy.start_method=popen",
+            f"trainer.devices={os.environ['LOCAL_WORLD_SIZE']}",
+            f"trainer.num_nodes={os.environ['GROUP_WORLD_SIZE']}",
+        ]
     main()

@@ -369,17 +369,17 @@ def test_testing_takes_weights_alone(ranks, checkpoint, tmp_path):
     path.write_bytes(checkpoint)
     damage(path, "weights alone")
 
-    class Tested(Net):
+    class Evaluable(Net):
         def test_step(self, batch, batch_idx):
             pass
 
     def run(rank):
-        trainer_for(rank).test(Tested(), DataLoader(RankData(rank, 1), batch_size=None), str(path), verbose=False)
+        trainer_for(rank).test(Evaluable(), DataLoader(RankData(rank, 1), batch_size=None), str(path), verbose=False)
 
     run_ranks(run, ranks)
 
 
-class Tested(Net):
+class Evaluable(Net):
     def test_step(self, batch, batch_idx):
         pass
 
@@ -410,7 +410,7 @@ def test_a_test_after_fit_is_that_of_the_model_or_of_the_best(slurm, tmp_path):
             default_root_dir=tmp_path,
             plugins=plugins,
         )
-        module, data = Tested(), DataLoader(RankData(rank, 12), batch_size=None)
+        module, data = Evaluable(), DataLoader(RankData(rank, 12), batch_size=None)
         trainer.fit(module, data)
         trainer.save_checkpoint(tmp_path / "hpc_ckpt_1.ckpt", weights_only=True)
         if rank == 0:

@@ -1,8 +1,12 @@
 """Bad input: a `ValueError` naming value, rule and way out, on every rank, in under 5 s; and what warns instead."""
 
+import os
 import re
+import socket
+import sys
 import time
 import warnings
+from datetime import timedelta
 
 import pytest
 import torch
@@ -319,3 +323,35 @@ def test_an_optimizer_state_that_there_is_not_warns_once(model, steps, states):
 def test_a_grid_far_from_its_group_size_warns():
     (text, *_), *_ = warned(5, schedule="grid", group_size=2)
     assert "5 ranks have no grid of groups near group_size=2; groups are of 5. HINT: use schedule='shuffle'" in text
+
+
+def test_torchruns_store_warns_where_restarts_would_find_old_addresses(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    assert warned(2) == [[], []]
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    # There is no agent. (torch.distributed has a function of the module's name.)
+    monkeypatch.setattr(sys.modules["torch.distributed.rendezvous"], "_torchelastic_use_agent_store", lambda: False)
+    (text,), others = warned(2)
+    assert "--max-restarts=3 may not bring the job back. HINT: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in text
+    assert others == []
+
+
+# ---- others that do not answer --------------------------------------------------------------------------------------
+
+
+def test_a_store_that_does_not_answer_ends_in_an_error():
+    """As one whose link was cut: torch would wait for its answer without a limit."""
+
+    def run(rank):
+        os.environ.update(RANK="1", LOCAL_RANK="1", WORLD_SIZE="2", MASTER_PORT=str(port))
+        fit(BoringModel(), 2, timeout=timedelta(seconds=1))
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        start = time.perf_counter()
+        (error,) = run_ranks(run, 1, init=False, timeout=30, errors=True)
+    assert time.perf_counter() - start < 10
+    expected = (
+        rf"Rank 1 \(.+\) could not meet the other 1 ranks at 127.0.0.1:{port} within 0:00:01: .+ HINT: one of them"
+    )
+    assert re.match(expected, error.message), error.message

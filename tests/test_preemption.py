@@ -360,7 +360,7 @@ def test_recipes_do_not_die_of_the_requeue_signal_while_they_are_imported():
         assert (done.stdout, done.returncode) == (expected, 0 if job else -signal.SIGUSR1)
 
 
-class Tested(Slow):
+class Evaluable(Slow):
     def test_step(self, batch, batch_idx):
         self.validation_step(batch, batch_idx)
 
@@ -373,7 +373,7 @@ def test_a_job_is_requeued_at_once_where_there_is_nothing_to_save(function, tmp_
         plugins = pretend_slurm(rank, tmp_path)
         trainer = trainer_for(rank, [SignalAt(signal.SIGUSR1, 0.2)], plugins=plugins, default_root_dir=str(tmp_path))
         getattr(trainer, function)(
-            Tested(0.01 * (1 + rank)), DataLoader(RankData(rank, 60), batch_size=None), verbose=False
+            Evaluable(0.01 * (1 + rank)), DataLoader(RankData(rank, 60), batch_size=None), verbose=False
         )
         return signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
 
