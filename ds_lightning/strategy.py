@@ -324,6 +324,10 @@ class DSSyncStrategy(DDPStrategy):
         assert self.lightning_module is not None
         trainer = self.lightning_module.trainer
         loop: Any = trainer.fit_loop
+        if loop.restarted_mid_epoch and loop.epoch_progress.current.processed == loop.epoch_progress.current.started:
+            # Resumed after an epoch's last batch: a new epoch begins, which Lightning would not count as begun. A
+            # checkpoint at its own end would then be resumed with the epoch that it ends.
+            loop.reset_restart_stage()
         if self._groups is None or loop._combined_loader is None:
             return
         batches = [loop.max_batches] * self.world_size

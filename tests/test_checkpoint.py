@@ -410,6 +410,21 @@ def test_a_resumed_epoch_has_the_order_of_its_number(tmp_path, cured, names):
         assert max(epochs) == EPOCHS - 1
 
 
+def resume_again(rank, folder):
+    """The epochs of a run and of two more, each resumed from what the one before saved after its first epoch."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        runs = [None, f"{folder}/0/last{BATCHES}.ckpt", f"{folder}/1/last{2 * BATCHES}.ckpt"]
+        return [fit_ordered(f"{folder}/{i}", True, path) for i, path in enumerate(runs)]
+
+
+def test_a_run_resumed_after_an_epoch_can_be_resumed_after_the_next(tmp_path):
+    """Lightning does not count the resumed epoch as begun, and would then train it twice."""
+    runs = run_ranks(resume_again, 2, str(tmp_path))[0]
+    assert [list(seen) for seen in runs] == [[0, 1, 2], [1, 2], [2]]
+    assert all(epoch_of(order) == number for seen in runs for number, order in seen.items())
+
+
 # ---- one portable file ----------------------------------------------------------------------------------------------
 
 ELSEWHERE = """
