@@ -75,6 +75,21 @@ def test_a_rank_that_does_not_answer_is_named():
     other.close()
 
 
+def test_a_store_that_hangs_does_not_hold_up_the_end():
+    """As where rank 0's process is stopped, or its host cut off: others have waited for their timeout already."""
+
+    class Hanging:
+        def check(self, keys):
+            time.sleep(10)
+            return False
+
+    agreement = StopAgreement(Hanging(), 1, 2, timeout=5, interval=0.01)
+    time.sleep(0.1)
+    began = time.monotonic()
+    assert agreement.close() is None
+    assert time.monotonic() - began < 2
+
+
 # ---- real fits -----------------------------------------------------------------------------------------------------
 
 HANDLED = (signal.SIGTERM, signal.SIGUSR1)
