@@ -130,11 +130,16 @@ def _average(tensors: Iterable[Tensor]) -> None:
 
 def _broadcast(tensors: Iterable[Tensor]) -> None:
     for chunk in chunks(distinct(tensors)):
-        flat = torch.cat([t.reshape(-1).view(torch.uint8).to(_device()) for t in chunk])
+        # Only values without gaps can be seen as bytes, and a single one of stride 0 counts as contiguous.
+        flat = torch.cat([_copy(t.reshape(-1)).view(torch.uint8).to(_device()) for t in chunk])
         dist.broadcast(flat, src=0)
         sizes = [t.numel() * t.element_size() for t in chunk]
         for t, value in zip(chunk, flat.split(sizes), strict=True):
             t.copy_(value.clone().view(t.dtype).view(t.shape))  # cloned: a view must be aligned
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def chunks(tensors: list[Tensor]) -> Iterator[list[Tensor]]:

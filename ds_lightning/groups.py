@@ -53,7 +53,8 @@ class ScheduledGroups:
         self.schedule = schedule
         self.rank = dist.get_rank()
         self.timeout = timeout
-        error, period, table = None, 1, []
+        error, period = None, 1
+        table: list[list[Group]] = []
         try:
             if schedule.world_size != dist.get_world_size():
                 raise ValueError(
@@ -62,7 +63,7 @@ class ScheduledGroups:
                 )
             check_schedule(schedule)
             period = schedule_period(schedule)
-            table = [schedule.partition(t) for t in range(period)]
+            table = [[tuple(sorted(group)) for group in schedule.partition(t)] for t in range(period)]
         except Exception as e:  # whatever a user's schedule raises on one rank must end all ranks alike
             error = str(e)
             if "HINT: " not in error:
@@ -70,7 +71,7 @@ class ScheduledGroups:
                     f"schedule={schedule!r} could not be asked: {type(e).__name__}: {e}. HINT: `partition(step)` and"
                     " `group(rank, step)` must answer at every step."
                 )
-        require_agreement("the schedule's partitions", [[sorted(g) for g in p] for p in table], error)
+        require_agreement("the schedule's partitions", table, error)
         self.period = period
         self.hosts = gather_hosts() if hosts is None else hosts
 
@@ -79,7 +80,7 @@ class ScheduledGroups:
         mine: dict[Group, dist.ProcessGroup | None] = {}
         seen: set[Group] = set()
         for partition in table:
-            for members in (tuple(sorted(group)) for group in partition):
+            for members in partition:
                 if len(members) > 1 and members not in seen:
                     seen.add(members)
                     group = within(timeout, partial(dist.new_group, list(members), timeout=timeout))
@@ -260,7 +261,7 @@ def _judge(everyones: list[tuple[str, str | None]]) -> str | list[int]:
 def exchange(word: str, conclude: Callable[[list[str]], str]) -> str:
     """What rank 0 concludes from the words of all ranks. Collective.
 
-    Each rank sends and receives one message, through the key-value store; a collective would take N of each.
+    Each rank sends two messages and receives one, through the key-value store; a collective would take N of each.
 
     Raises:
         RuntimeError: If a rank, or the store, does not answer within the timeout of the store.
@@ -273,7 +274,12 @@ def exchange(word: str, conclude: Callable[[list[str]], str]) -> str:
         store.set(str(rank), word)
         if rank == 0:
             store.set("conclusion", conclude([store.get(str(r)).decode() for r in range(ranks)]))
-        return str(store.get("conclusion").decode())
+        conclusion = store.get("conclusion").decode()
+        if store.add("read", 1) == ranks:
+            store.set("all have read", "")
+        if rank == 0:  # whose process keeps the store, and may end with an error now
+            store.wait(["all have read"])
+        return str(conclusion)
 
     return within(default.timeout, run)  # type: ignore[attr-defined]
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import inspect
+from datetime import timedelta
 from difflib import get_close_matches
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.nn.parallel import DistributedDataParallel
@@ -42,6 +45,43 @@ def check_ddp_kwargs(ddp_kwargs: dict[str, Any], own: set[str]) -> None:
         raise ValueError(
             f"{unknown[0]}={ddp_kwargs[unknown[0]]!r} is no option of DSSyncStrategy or DDPStrategy. HINT: "
             + (f"did you mean {close[0]!r}?" if close else f"its own options are {', '.join(sorted(own))}.")
+        )
+
+
+def check_timeout(timeout: Any) -> None:
+    """A ``ValueError`` for what torch cannot wait for: it counts milliseconds, and overflows at a few centuries."""
+    if timeout is None:
+        return
+    if not isinstance(timeout, timedelta) or not timedelta(milliseconds=1) <= timeout <= timedelta(days=36500):
+        raise ValueError(
+            f"timeout={timeout!r} is not a timedelta of 1 ms to 100 years. HINT: use timedelta(minutes=30), or None for"
+            " the backend's own."
+        )
+
+
+def check_backend(backend: Any, device: torch.device) -> None:
+    """A ``ValueError`` for a ``process_group_backend`` that is not to be had, or not for tensors on ``device``."""
+    if not backend:
+        return  # the device's own
+    parts = [part.rpartition(":") for part in str(backend).lower().split(",")]  # "gloo", "cpu:gloo,cuda:nccl"
+    for_device = [name for kind, _, name in parts if kind in ("", device.type)]
+    unavailable = [
+        name
+        for _, _, name in parts
+        if name == "undefined"
+        or not dist.is_backend_available(name)
+        or (name == "nccl" and not torch.cuda.is_available())
+    ]
+    why = ""
+    if unavailable:
+        why = f"there is no {unavailable[0]!r} here"
+    elif not for_device or (for_device == ["nccl"] and device.type != "cuda"):
+        why = f"it has nothing for {device.type} tensors"
+    elif for_device == ["gloo"] and backend.lower() != "gloo":
+        why = "Lightning averages metrics by gloo only under its plain name 'gloo'"
+    if why:
+        raise ValueError(
+            f"process_group_backend={backend!r} cannot be used: {why}. HINT: use None (nccl on GPUs, gloo on CPUs)."
         )
 
 

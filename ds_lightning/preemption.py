@@ -199,6 +199,7 @@ class StopSignals:
         # blocked, and one that was made while the main thread let them through would go on to do so.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, self._originals)
         self._over.wait()
+        signal.pthread_sigmask(signal.SIG_BLOCK, self._originals)  # who has joined a thread may still meet it
 
     def _may_requeue(self, signum: int, handler: Handler) -> bool:
         """Whether that is for this object to do, not for a handler that others have set."""

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 Group = tuple[int, ...]
 Partition = tuple[Group, ...]
 
+# All partitions of a period are looked at before training.
+_LONGEST_PERIOD = 10_000
 # A schedule without a `period` is looked at for this many steps; it must repeat within half of them.
 _PROBED_STEPS = 512
 
@@ -341,10 +343,17 @@ def schedule_period(schedule: Schedule) -> int:
     """Steps after which the partitions repeat: the schedule's own ``period``, or found by looking at 512 steps.
 
     Raises:
-        ValueError: If ``period`` is no positive integer, or there is none and the partitions do not repeat in time.
+        ValueError: If ``period`` is no positive integer or too large, or there is none and the partitions do not repeat
+            in time.
     """
     if (period := getattr(schedule, "period", None)) is not None:
-        return positive_int("period of the schedule", period)
+        number = positive_int("period of the schedule", period)
+        if number > _LONGEST_PERIOD:
+            raise ValueError(
+                f"period of the schedule={number} is too large: all partitions are looked at before training. HINT: use"
+                f" at most {_LONGEST_PERIOD}, and cycle through a fixed pool of partitions."
+            )
+        return number
     table = [tuple(schedule.partition(t)) for t in range(_PROBED_STEPS)]
     for period in range(1, _PROBED_STEPS // 2 + 1):
         if table[period:] == table[:-period]:
@@ -450,9 +459,9 @@ def _factorizations(n: int, smallest: int) -> Iterator[tuple[int, ...]]:
 
 
 def as_int(name: str, value: Any) -> int:
-    """``value`` as an int, or a ``ValueError`` naming it; a bool or a float is none."""
+    """``value`` as an int, or a ``ValueError`` naming it; a bool (a tensor's too) or a float is none."""
     try:
-        if isinstance(value, bool):
+        if isinstance(value, bool) or "bool" in str(getattr(value, "dtype", "")):
             raise TypeError
         return operator.index(value)
     except TypeError:

@@ -28,6 +28,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.distributed.constants import default_pg_timeout
@@ -39,9 +40,10 @@ from ds_lightning.checkpoint import AtomicCheckpointIO, require_resumable, resum
 from ds_lightning.consensus import broadcast_from_rank_0, consensus_of, consensus_of_optimizer_state
 from ds_lightning.groups import Attendance, ScheduledGroups, name_timeout, own_store, require_agreement, within
 from ds_lightning.launchers import ProcessLauncher, ScriptLauncher
-from ds_lightning.options import check_bool, check_ddp_kwargs, check_group_size_alone
+from ds_lightning.options import check_backend, check_bool, check_ddp_kwargs, check_group_size_alone, check_timeout
 from ds_lightning.preemption import StopSignals
 from ds_lightning.replica import load_replica, remove_older, restore_replica, save_replica
+from ds_lightning.rows import is_table
 from ds_lightning.schedule import (
     GridSchedule,
     Schedule,
@@ -51,7 +53,7 @@ from ds_lightning.schedule import (
     make_schedule,
     positive_int,
 )
-from ds_lightning.synchronizer import DSSynchronizer, Statistics, check_state_names
+from ds_lightning.synchronizer import SPARSE_GRADIENTS, DSSynchronizer, Statistics, check_state_names
 from ds_lightning.wire import as_wire_dtype
 
 CHECKPOINT_KEY = "ds_lightning"
@@ -117,7 +119,9 @@ class DSSyncStrategy(DDPStrategy):
         own = set(inspect.signature(DSSyncStrategy.__init__).parameters) - {"self", "ddp_kwargs"}
         check_ddp_kwargs(ddp_kwargs, own)
         super().__init__(**ddp_kwargs)
-        self.group_size = group_size if group_size == "auto" else check_group_size_alone(group_size)
+        check_timeout(self._timeout)
+        automatic = isinstance(group_size, str) and group_size == "auto"
+        self.group_size = group_size if automatic else check_group_size_alone(group_size)
         check_schedule_name(schedule)
         self.schedule = schedule
         self.overlap = check_bool("overlap", overlap)
@@ -154,6 +158,7 @@ class DSSyncStrategy(DDPStrategy):
     @override
     def setup_distributed(self) -> None:
         self.set_world_ranks()
+        check_backend(self._process_group_backend, self.root_device)
         assert self.lightning_module is not None
         trainer = self.lightning_module.trainer
         if self.world_size > 1:
@@ -240,6 +245,9 @@ class DSSyncStrategy(DDPStrategy):
                 "average_gradients=True cannot be used with LBFGS: ranks evaluate their closures unequally often, so"
                 " they would wait for each other forever. HINT: use average_gradients=False."
             )
+        tables = [m.weight for m in trainer.lightning_module.modules() if is_table(m)]
+        if self.average_gradients and self._groups is not None and any(table.requires_grad for table in tables):
+            raise ValueError(SPARSE_GRADIENTS)
         if self._groups is not None:
             names = {p: name for name, p in trainer.lightning_module.named_parameters()}
             optimized = [
@@ -364,6 +372,16 @@ class DSSyncStrategy(DDPStrategy):
             # does here. Backward through a tensor of its own leaves the gradients as if backward had not run.
             return torch.full((), torch.nan, device=self.root_device, requires_grad=True)
         return output
+
+    @override
+    def pre_backward(self, closure_loss: Tensor) -> None:
+        super().pre_backward(closure_loss)
+        assert self.lightning_module is not None
+        if not closure_loss.requires_grad and not is_overridden("backward", self.lightning_module):
+            raise ValueError(
+                "The loss depends on no parameter that requires a gradient, so there is nothing to train. HINT:"
+                " unfreeze some, and compute the loss from the model's output, without detach() or no_grad()."
+            )
 
     @override
     def optimizer_step(

@@ -45,6 +45,11 @@ _PARAMETERS, _TRAINABLE, _VALUES = itemgetter("params"), attrgetter("requires_gr
 # Channels of the payloads that may be under way together; parameters have those from 1.
 _BUFFERS, _GRADIENTS, _ROWS, _STATES = 1 << 8, 1 << 9, 1 << 10, 1 << 11
 
+SPARSE_GRADIENTS = (
+    "average_gradients=True cannot average sparse gradients. HINT: use average_gradients=False (parameters are averaged"
+    " all the same), or sparse=False in the embedding."
+)
+
 
 @dataclass(frozen=True)
 class Statistics:
@@ -231,7 +236,8 @@ class DSSynchronizer:
         members, group = self.groups.at(self.round)
         assert group is not None
         if self._lane is None:
-            self._lane = make_lane(_parameters(self.optimizer)[0].device, group)
+            tensors = chain(_parameters(self.optimizer), self.module.parameters(), self.module.buffers())
+            self._lane = make_lane(next((t.device for t in tensors), torch.device("cpu")), group)
         if self.timed and self._lane.clock is None:
             self._lane.clock = self._lane.new_clock()
         self._or_explain(partial(average.start, members, group, self._lane))
@@ -300,10 +306,7 @@ class DSSynchronizer:
             return
         for dtype, parameters in _same_dtype(p for p in _parameters(self.optimizer) if p.requires_grad):
             if any(p.grad is not None and p.grad.layout != torch.strided for p in parameters):
-                raise ValueError(
-                    "average_gradients=True cannot average sparse gradients. HINT: use average_gradients=False"
-                    " (parameters are averaged all the same), or sparse=False in the embedding."
-                )
+                raise ValueError(SPARSE_GRADIENTS)
             gradients = [as_real(torch.zeros_like(p) if p.grad is None else p.grad) for p in parameters]
             own = flatten(gradients).div_(scale)
             here = own.new_tensor([p.grad is not None for p in parameters])
@@ -434,9 +437,10 @@ class DSSynchronizer:
         return Statistics(self._synchronizations, self._bytes_sent, self._seconds_waiting, self._seconds_running)
 
 
-def check_state_names(names: Sequence[str]) -> tuple[str, ...]:
+def check_state_names(names: Any) -> tuple[str, ...]:
     """``average_optimizer_state`` as a tuple, or a ``ValueError`` if it is none or must not be averaged alone."""
-    if isinstance(names, str) or not isinstance(names, Iterable) or not all(isinstance(name, str) for name in names):
+    # A set has another order on every rank, and an iterator is used up by the first look.
+    if isinstance(names, str) or not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
         raise ValueError(
             f"average_optimizer_state={names!r} is not a sequence of names."
             " HINT: average_optimizer_state=('exp_avg_sq',)."
@@ -446,7 +450,12 @@ def check_state_names(names: Sequence[str]) -> tuple[str, ...]:
             f"average_optimizer_state={tuple(names)!r} averages 'exp_avg' without the second moment, which diverges: a"
             " small second moment divides a large mean. HINT: use ('exp_avg_sq',) or ('exp_avg', 'exp_avg_sq')."
         )
-    return tuple(names)
+    if "step" in names:
+        raise ValueError(
+            f"average_optimizer_state={tuple(names)!r} names 'step', which counts updates and is no average."
+            " HINT: name states of the parameters' shape such as 'exp_avg_sq'."
+        )
+    return tuple(dict.fromkeys(names))
 
 
 def _parameters(optimizer: Optimizer) -> list[Tensor]:

@@ -23,10 +23,13 @@ WIRE_DTYPES: dict[str, torch.dtype] = {
 
 def as_wire_dtype(wire_dtype: Any) -> torch.dtype | None:
     """The torch dtype that ``wire_dtype`` names, ``None`` for as stored, or a ``ValueError``."""
-    dtype = WIRE_DTYPES.get(wire_dtype.removeprefix("torch.")) if isinstance(wire_dtype, str) else wire_dtype
-    if isinstance(wire_dtype, str) and dtype is None:
-        dtype = getattr(torch, wire_dtype.removeprefix("torch."), None)  # "bfloat16", "torch.float16"
-    if wire_dtype is not None and dtype not in WIRE_DTYPES.values():
+    if wire_dtype is None:
+        return None
+    dtype = wire_dtype
+    if isinstance(wire_dtype, str):
+        name = wire_dtype.removeprefix("torch.")
+        dtype = WIRE_DTYPES.get(name, getattr(torch, name, None))  # also "bfloat16", "torch.float16"
+    if not isinstance(dtype, torch.dtype) or dtype not in WIRE_DTYPES.values():
         names = ", ".join(f"{name!r} (torch.{str(d).removeprefix('torch.')})" for name, d in WIRE_DTYPES.items())
         raise ValueError(f"wire_dtype={wire_dtype!r} is not supported. HINT: use None (as stored), {names}.")
     return dtype
@@ -158,8 +161,9 @@ def exact_mean_(flat: Tensor) -> Tensor:
 
 
 def is_averaged(tensor: Tensor) -> bool:
-    """Whether a tensor holds floating (or complex) values, stored densely."""
-    return (tensor.is_floating_point() or tensor.is_complex()) and tensor.layout == torch.strided
+    """Whether a tensor holds floating (or complex) values, stored densely; torch cannot add those of 8 bits."""
+    floating = tensor.is_floating_point() or tensor.is_complex()
+    return floating and tensor.dtype.itemsize > 1 and tensor.layout == torch.strided
 
 
 def distinct(tensors: Iterable[Tensor]) -> list[Tensor]:

@@ -98,6 +98,16 @@ class Users:
         ({"average_optimizer_state": None}, "average_optimizer_state=None is not a sequence of names"),
         ({"average_optimizer_state": [1]}, r"average_optimizer_state=\[1\] is not a sequence of names"),
         ({"average_optimizer_state": ["exp_avg"]}, "averages 'exp_avg' without the second moment"),
+        (
+            {"average_optimizer_state": {"exp_avg_sq"}},
+            r"average_optimizer_state=\{'exp_avg_sq'\} is not a sequence of names",
+        ),
+        ({"average_optimizer_state": ["exp_avg_sq", "step"]}, "names 'step', which counts updates"),
+        ({"group_size": torch.tensor(True)}, r"group_size=tensor\(True\) is not an int but a Tensor"),
+        ({"wire_dtype": {}}, r"wire_dtype=\{\} is not supported"),
+        ({"timeout": 60}, "timeout=60 is not a timedelta of 1 ms to 100 years. HINT: use timedelta"),
+        ({"timeout": timedelta(seconds=-5)}, r"timeout=datetime.timedelta\(.*\) is not a timedelta of 1 ms"),
+        ({"timeout": timedelta.max}, r"timeout=datetime.timedelta\(.*\) is not a timedelta of 1 ms"),
         ({"optimizer_state_every": 0}, "optimizer_state_every=0 is too small"),
         ({"optimizer_state_every": "8"}, "optimizer_state_every='8' is not an int but a str"),
         (
@@ -334,6 +344,42 @@ def test_torchruns_store_warns_where_restarts_would_find_old_addresses(monkeypat
     (text,), others = warned(2)
     assert "--max-restarts=3 may not bring the job back. HINT: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in text
     assert others == []
+
+
+@pytest.mark.parametrize(
+    ("backend", "why"),
+    [("junk", "there is no 'junk' here"), ("cuda:nccl", "."), ("cpu:gloo", "only under its plain name 'gloo'")],
+)
+def test_a_backend_that_is_not_to_be_had_is_refused(backend, why):
+    message = refused(2, lambda rank: {"process_group_backend": backend})
+    assert re.search(f"process_group_backend='{backend}' cannot be used: .*{why}", message)
+
+
+class Frozen(BoringModel):
+    def on_fit_start(self):
+        self.requires_grad_(False)
+
+
+def test_a_loss_without_gradients_is_refused_before_torch_does():
+    assert refused(2, model=lambda rank: Frozen()).startswith(
+        "The loss depends on no parameter that requires a gradient"
+    )
+
+
+class Table(BoringModel):
+    def __init__(self):
+        super().__init__()
+        self.table = torch.nn.Embedding(4, 2, sparse=True)
+
+
+def test_averaging_sparse_gradients_is_refused_before_the_first_step():
+    message = refused(2, lambda rank: {"average_gradients": True}, lambda rank: Table())
+    assert message.startswith("average_gradients=True cannot average sparse gradients")
+
+
+def test_a_period_that_nobody_can_look_through_is_refused():
+    message = refused(4, lambda rank: {"schedule": Users(period=10**10)})
+    assert "period of the schedule=10000000000 is too large" in message
 
 
 # ---- others that do not answer --------------------------------------------------------------------------------------
