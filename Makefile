@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo parity wires shards benchmark lint types check test clean
+.PHONY: install demo parity wires shards benchmark soak lint types check test clean
 
 install: $(STAMP)
 
@@ -61,6 +61,12 @@ wires: install
 # Needs root, Linux, ip and tc; under 10 minutes.
 benchmark: install
 	$(RUN) -m benchmarks.step_time --short
+
+# Hosts that fail at random while a job trains: 15 minutes of faults, then the undisturbed run to hold it against. Needs
+# root, Linux, ip and tc.
+SEED ?= 0
+soak: install
+	$(RUN) -m tests.faults.soak --minutes 15 --seed $(SEED)
 
 lint: install
 	$(VENV)/bin/ruff check .
