@@ -104,7 +104,10 @@ class StopAgreement:
         ) as error:  # most likely the store's server ended; whatever it is, nobody must wait for this thread
             with self._changed:
                 if not self._closed:
-                    self._error = f"Rank {self.rank} lost the store in which ranks agree to stop: {error}"
+                    self._error = (
+                        f"Rank {self.rank} lost the store of rank 0, in which ranks agree to stop: {error}. HINT: that"
+                        " rank or its host ended; its own log says more."
+                    )
                 self._changed.notify_all()
 
     def _requested(self) -> bool:

@@ -75,6 +75,18 @@ def test_a_rank_that_does_not_answer_is_named():
     other.close()
 
 
+def test_a_store_that_is_lost_is_named():
+    class Lost:
+        def check(self, keys):
+            raise dist.DistNetworkError("Connection was likely closed")
+
+    agreement = StopAgreement(Lost(), 1, 2, timeout=5, interval=0.01)
+    time.sleep(0.1)
+    with pytest.raises(RuntimeError, match=r"^Rank 1 lost the store of rank 0, .*likely closed\. HINT: that rank"):
+        agreement.reached(0)
+    agreement.close()
+
+
 def test_a_store_that_hangs_does_not_hold_up_the_end():
     """As where rank 0's process is stopped, or its host cut off: others have waited for their timeout already."""
 

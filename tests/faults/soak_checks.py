@@ -14,6 +14,7 @@ NAMES = (
     r"Rank \d+ could not average step \d+ with (ranks? [^:]+) within ",
     r"Rank \d+ waited in vain for (ranks? .+?) (?:to|for|at) .*at most ",
     r"Rank \d+ was to stop \(.+\), but (ranks \[.+\]) did not say",
+    r"Rank \d+ lost the store of (rank 0), in which ",
 )
 # Per 1,000 steps. A leak of a float or a small object per step is 1,000 blocks, one of a copy of the model 90 MB.
 BOUNDS = {"RSS MB": 1.0, "tensor MB": 0.01, "Python blocks": 500.0}
