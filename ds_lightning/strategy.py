@@ -176,7 +176,8 @@ class DSSyncStrategy(DDPStrategy):
                 error = str(e)  # a schedule object may be wrong on one rank only, and the others must not wait for it
         with self._meeting_at_the_store():
             within(self._timeout, super().setup_distributed)
-            store = own_store(f"attendance {next(_ATTENDANCES)}", self._timeout)
+            if self.world_size > 1:
+                store = own_store(f"attendance {next(_ATTENDANCES)}", self._timeout)
         if self.world_size > 1:
             _warn_of_torchruns_store()
             self._attendance = Attendance(store, self._timeout)

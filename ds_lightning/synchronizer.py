@@ -94,7 +94,7 @@ class DSSynchronizer:
         optimizer: Its optimizer. With several optimizers make one synchronizer for each, with the same ``groups``:
             each counts its own steps, so that every set of parameters meets every group of the schedule.
         groups: Process groups of a schedule; default: those of ``make_schedule("auto", world_size)`` on the hosts of
-                the ranks.
+            the ranks.
         sync_every: Optimizer steps between synchronizations; between :meth:`start` and :meth:`finish` one travels for
             all of them.
         wire_dtype: dtype in which parameters are sent: ``None`` (as stored), ``"fp32"``, ``"bf16"``, ``"fp16"``,

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import linear_regression
 from typing import NamedTuple
 
 SAVE_EVERY = 20  # steps between checkpoints
@@ -174,18 +175,12 @@ def check_final(disturbed: Sequence[Record], reference: Sequence[Record]) -> lis
     return [f"the final models differ: disturbed {ends[: len(disturbed)]}, undisturbed {ends[len(disturbed) :]}"]
 
 
-def slope(points: Sequence[tuple[float, float]]) -> float:
-    """Of the least-squares line."""
-    mean_x, mean_y = sum(x for x, _ in points) / len(points), sum(y for _, y in points) / len(points)
-    return sum((x - mean_x) * (y - mean_y) for x, y in points) / sum((x - mean_x) ** 2 for x, _ in points)
-
-
 def growth(record: Record) -> dict[str, float]:
     """Of a rank's memory per 1,000 steps, in the second half of its measurements."""
     samples = record.memory[len(record.memory) // 2 :]
 
     def per_1000(values: Iterable[float]) -> float:
-        return 1000 * slope(list(zip((s.step for s in samples), values, strict=True)))
+        return 1000 * linear_regression([s.step for s in samples], list(values)).slope
 
     return {
         "RSS MB": per_1000(s.resident / 1e6 for s in samples),

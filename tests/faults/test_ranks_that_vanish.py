@@ -66,9 +66,7 @@ def trial(rank, folder, seed, how):
     draw = random.Random(seed)
     who, when = draw.randrange(4), draw.uniform(0, 1.5)
     pauses = [draw.choice([0, 0.01, 0.03]) for _ in range(4)]
-    options = [{}, {"sync_every": 3}, {"overlap": False}, {"average_gradients": True}, {"schedule": "shuffle"}][
-        seed % 5
-    ]
+    options = OPTIONS[seed % len(OPTIONS)]
     callbacks = [ModelCheckpoint(folder, "{step}", every_n_train_steps=3, save_top_k=2, monitor="step", mode="max")]
     if rank == who:
         callbacks.append(Vanish(how, when, folder))

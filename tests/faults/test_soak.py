@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.cluster import ClusterError, check_machine
 from tests.faults.soak_checks import (
     SAVE_EVERY,
     Attempt,
@@ -21,18 +20,14 @@ from tests.faults.soak_checks import (
     check_resumes,
     read,
 )
+from tests.test_benchmarks import needs_cluster
 
-try:
-    check_machine()
-    LACKS = ""
-except ClusterError as error:
-    LACKS = str(error)
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(420)
-@pytest.mark.skipif(bool(LACKS), reason=LACKS)
+@needs_cluster
 def test_a_minute_of_faults():
     """Every kind about once; with the undisturbed runs to compare with it takes two minutes or three."""
     command = [sys.executable, "-m", "tests.faults.soak", "--minutes", "1", "--seed", "4"]
