@@ -149,10 +149,12 @@ def within(timeout: timedelta | None, call: Callable[[], T]) -> T:
 def own_store(name: str, timeout: timedelta | None) -> Store:
     """The store that the process groups were made with, by keys and over a connection that nobody else uses.
 
-    A call that waits for another rank's word would hold up all that use the same connection.
+    A call that waits for another rank's word would hold up all that use the same connection. Only a ``TCPStore`` has
+    one: a copy of a ``FileStore`` that is discarded in a forked process too (of a loader) removes the file.
     """
     store = _get_default_store()
-    return PrefixStore(f"dssync: {name}", within(timeout, store.clone) if hasattr(store, "clone") else store)
+    connected = isinstance(getattr(store, "_underlying_non_prefix_store", store), dist.TCPStore)  # type: ignore[attr-defined]
+    return PrefixStore(f"dssync: {name}", within(timeout, store.clone) if connected else store)
 
 
 class Attendance:

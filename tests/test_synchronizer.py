@@ -1,6 +1,8 @@
 """The synchronizer without Lightning, on forked gloo ranks, against the plain reference."""
 
+import gc
 import itertools
+import os
 import socket
 import time
 from datetime import timedelta
@@ -15,7 +17,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 from ds_lightning import DSSynchronizer, GridSchedule, ShuffleSchedule
-from ds_lightning.groups import ScheduledGroups
+from ds_lightning.groups import ScheduledGroups, exchange, own_store
 from tests.ranks import run_ranks
 from tests.reference import Reference, flat, relative_error
 
@@ -634,6 +636,23 @@ def test_a_rank_may_be_alone():
         return model.weight.data[0, 0].item()
 
     assert run_ranks(run, 3) == [0.0, 1.5, 1.5]
+
+
+def test_stores_discarded_in_a_fork_do_no_harm():
+    """A loader's worker is one. A copy of a ``FileStore`` would remove its file there."""
+
+    def run(rank):
+        mine = [own_store("mine", None)]
+        mine.append(mine)  # for the garbage collector
+        del mine
+        if (pid := os.fork()) == 0:
+            gc.collect()
+            os._exit(0)
+        os.waitpid(pid, 0)
+        gc.collect()
+        return exchange(str(rank), ",".join)
+
+    assert run_ranks(run, 2, collective_timeout=5) == ["0,1"] * 2
 
 
 def test_groups_are_bounded():
