@@ -190,6 +190,8 @@ class RecipeData(LightningDataModule):
         super().__init__()
         if batch_size < 1:
             raise ValueError(f"data.batch_size is {batch_size}, but must be at least 1")
+        if not 0 <= split_seed < 2**32:
+            raise ValueError(f"data.split_seed is {split_seed}, but must be at least 0 and below 2**32")
         concentration(partition)
         self.batch_size = batch_size
         self.num_workers = num_workers

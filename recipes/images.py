@@ -68,6 +68,7 @@ class Digits(RecipeData):
     """
 
     num_classes = 10
+    channels = 1
 
     @override
     def setup(self, stage: str | None = None) -> None:
@@ -153,6 +154,8 @@ class Cifar(RecipeData):
         split_seed: which images are held out, and of the partition.
     """
 
+    channels = 3
+
     def __init__(
         self,
         root: str,
@@ -228,6 +231,8 @@ class ImageNet(RecipeData):
         partition: which training images a worker sees; see :class:`RecipeData`.
         split_seed: of the partition.
     """
+
+    channels = 3
 
     def __init__(
         self,

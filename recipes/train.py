@@ -17,13 +17,16 @@ import hydra
 import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ProgressBar
 from omegaconf import DictConfig
+from omegaconf.errors import MissingMandatoryValue
 from torch import nn
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
 import ds_lightning
+from recipes.checks import check
 
 # Lightning cannot know that our evaluation shards are exact, nor that 0 loader workers are right for data in memory;
 # the others are between Lightning or ds_lightning and newer torch.
@@ -32,6 +35,9 @@ EXPECTED_WARNINGS = (
     "The '.*_dataloader' does not have many workers",
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
 )
+
+# What a mistake in the configuration or the data raises.
+MISTAKES = (ValueError, FileNotFoundError, MisconfigurationException, MissingMandatoryValue)
 
 
 def train(cfg: DictConfig) -> dict[str, float]:
@@ -45,6 +51,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
     if cfg.strategy.get("start_method") == "fork":
         # Forked ranks inherit this. A parent that has run OpenMP threads must not fork, and ranks share the cores.
         torch.set_num_threads(1)
+    check(cfg)
     seed_everything(cfg.seed, workers=True, verbose=False)
     data: LightningDataModule = instantiate(cfg.data)
     model: LightningModule = instantiate(cfg.model)
@@ -81,10 +88,13 @@ def one_line(error: Exception) -> str | None:
     if isinstance(error, ProcessRaisedException):
         last = str(error).strip().splitlines()[-1]
         kind, _, message = last.partition(": ")
-        return message if kind in ("ValueError", "FileNotFoundError") else None
-    if isinstance(error, InstantiationException):  # Hydra's, about a constructor
-        error = error.__cause__ if isinstance(error.__cause__, Exception) else error
-    return " ".join(str(error).split()) if isinstance(error, ValueError | FileNotFoundError) else None
+        return message if kind.rpartition(".")[2] in [mistake.__name__ for mistake in MISTAKES] else None
+    if isinstance(error, InstantiationException):  # Hydra's, about a constructor; it names the key
+        error = error.__cause__ if isinstance(error.__cause__, MISTAKES) else error
+    if isinstance(error, MissingMandatoryValue):
+        key = str(error.full_key)
+        return f"{key} is missing. HINT: add {key}=..."
+    return " ".join(str(error).split()) if isinstance(error, (*MISTAKES, InstantiationException)) else None
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="config")

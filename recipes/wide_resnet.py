@@ -124,6 +124,13 @@ class ImageClassifier(Task):
                 f"the data have {classes} classes, but model.num_classes is {self.num_classes}. "
                 f"HINT: add model.num_classes={classes}."
             )
+        channels = getattr(self.trainer.datamodule, "channels", None)  # type: ignore[attr-defined]
+        taken = next((m.in_channels for m in self.net.modules() if isinstance(m, nn.Conv2d)), channels)
+        if channels not in (None, taken):
+            raise ValueError(
+                f"the images have {channels} channels, but the network takes {taken}. "
+                f"HINT: add model.net.in_channels={channels}."
+            )
 
     @override
     def forward(self, images: Tensor) -> Tensor:

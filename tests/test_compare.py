@@ -8,7 +8,12 @@ import re
 from pathlib import Path
 
 import pytest
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import OmegaConf
+from omegaconf.errors import MissingMandatoryValue
+from torch.multiprocessing.spawn import ProcessRaisedException
 
 from recipes import compare
 from recipes.compare import (
@@ -155,6 +160,18 @@ def test_a_users_mistake_is_one_line_and_a_defect_is_not():
     assert one_line(ValueError("data.x is 3. HINT: 4")) == "data.x is 3. HINT: 4"
     assert one_line(FileNotFoundError("no folder")) == "no folder"
     assert one_line(KeyError("x")) is None
+    assert one_line(MisconfigurationException("`devices`\nis 0")) == "`devices` is 0"
+    forked = "Traceback...\nlightning.fabric.utilities.exceptions.MisconfigurationException: `max_steps` is -2"
+    assert one_line(ProcessRaisedException(forked, 0, 1)) == "`max_steps` is -2"
+    with pytest.raises(InstantiationException) as unknown:
+        instantiate({"_target_": "datetime.timedelta", "hour": 1})
+    message = one_line(unknown.value)
+    assert message is not None
+    assert message.startswith("Error in call to target 'datetime.timedelta': TypeError(")
+    assert "\n" not in message
+    with pytest.raises(MissingMandatoryValue) as missing:
+        _ = OmegaConf.create({"data": {"root": "???"}}).data.root
+    assert one_line(missing.value) == "data.root is missing. HINT: add data.root=..."
 
 
 def test_finished_runs_are_not_repeated(tmp_path, monkeypatch, capsys):

@@ -20,6 +20,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from omegaconf import DictConfig, OmegaConf
 
 import ds_lightning
+from recipes.checks import check
 from recipes.wide_resnet import ImageClassifier
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -196,6 +197,56 @@ def test_misspelt_overrides_are_rejected(override):
 def test_a_misspelt_option_of_dssync_is_rejected():
     with pytest.raises(ConfigCompositionException, match="grop_size"):
         digits("strategy=dssync", "strategy.grop_size=4")
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("trainer.max_epochs=many", "int or null"),
+        ("trainer.max_steps=1.5", "int"),
+        ("trainer.gradient_clip_val=true", "int or float or null"),
+        ("trainer.deterministic=maybe", "bool or 'warn' or null"),
+        ("trainer.accumulate_grad_batches=0", "at least 1"),
+        ("strategy.process_group_backend=3", "str or null"),
+        ("data.batch_size=abc", "int"),
+        ("model.net.width=1.5", "int"),
+        ("model.channels_last=maybe", "bool"),
+        ("model.optimizer.lr=abc", "float or Tensor"),
+        ("model.optimizer.lr=null", "float or Tensor"),
+        ("model.scheduler.milestones=3", "a list"),
+        ("model.scheduler.gamma=[1]", "float"),
+        ("callbacks.learning_rate.logging_interval=hour", "'step' or 'epoch' or null"),
+        ("logger.save_dir=3", "str or "),
+        ("seed=abc", "int or null"),
+        ("compile=maybe", "bool"),
+        ("ckpt_path=3", "str or null"),
+    ],
+)
+def test_values_of_other_types_are_refused(override, expected):
+    with pytest.raises(ValueError, match=f"^{override.split('=')[0]} is .*, but must be {expected}"):
+        check(digits("strategy=ddp", override))
+
+
+GROUPS = ("strategy", "trainer", "callbacks", "logger")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        *((f"recipe={path.parent.name}", f"data={path.stem}") for path in sorted((CONF / "recipe").glob("*/*.yaml"))),
+        *((f"{group}={path.stem}",) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))),
+        ("+profiler=trace",),
+        ("+training=modern",),
+        ("recipe=deepfm", "model=deepfm_sparse"),
+        ("trainer.devices=[0,1]", "trainer.devices=auto", "trainer.limit_val_batches=0.5", "trainer.precision=16"),
+        ("callbacks.checkpoint=null", "model.scheduler=null", "+trainer.max_time='00:01:00:00'"),
+    ],
+    ids=" ".join,
+)
+def test_values_of_right_types_are_not_refused(overrides, monkeypatch):
+    for name in ("SLURM_NNODES", "SLURM_NTASKS_PER_NODE"):
+        monkeypatch.setenv(name, "2")
+    check(digits("++data.root=unused", *overrides))
 
 
 def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:

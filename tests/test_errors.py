@@ -8,6 +8,7 @@ import time
 import warnings
 from datetime import timedelta
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -18,7 +19,7 @@ from torch import nn
 from ds_lightning import DSSyncStrategy, GridSchedule, ShuffleSchedule
 from tests.ranks import QUIET, run_ranks
 
-LIMIT = 5.0
+LIMIT = 15.0  # seconds, below the timeouts; a name server that drops a question costs torch 5
 
 
 def fit(model, world_size, steps=2, **options):
@@ -81,6 +82,7 @@ class Users:
         ({"group_size": True}, "group_size=True is not an int but a bool"),
         ({"group_size": "4"}, "group_size='4' is neither an int nor 'auto'"),
         ({"group_size": None}, "group_size=None is not an int"),
+        ({"group_size": np.array([2, 2])}, r"group_size=array\(\[2, 2\]\) is not an int but a ndarray"),
         ({"schedule": "gird"}, "schedule='gird' is unknown. HINT: use one of 'auto', 'grid', 'shuffle'"),
         ({"schedule": "topology"}, "schedule='topology' is not implemented yet"),
         ({"schedule": 3}, "schedule=3 is no schedule: it needs `world_size`"),
@@ -88,6 +90,7 @@ class Users:
         ({"wire_dtype": "bf17"}, "wire_dtype='bf17' is not supported. HINT: use None"),
         ({"wire_dtype": torch.int32}, "wire_dtype=torch.int32 is not supported"),
         ({"wire_dtype": 16}, "wire_dtype=16 is not supported"),
+        ({"wire_dtype": np.array([1, 2])}, r"wire_dtype=array\(\[1, 2\]\) is not supported"),
         ({"wire_dtype": ["bf16"]}, r"wire_dtype=\['bf16'\] is not supported"),
         ({"overlap": "false"}, "overlap='false' is not a bool. HINT: use overlap=True or overlap=False"),
         ({"average_gradients": 1}, "average_gradients=1 is not a bool"),
@@ -97,6 +100,8 @@ class Users:
         ({"average_optimizer_state": "exp_avg_sq"}, "average_optimizer_state='exp_avg_sq' is not a sequence of names"),
         ({"average_optimizer_state": None}, "average_optimizer_state=None is not a sequence of names"),
         ({"average_optimizer_state": [1]}, r"average_optimizer_state=\[1\] is not a sequence of names"),
+        ({"average_optimizer_state": iter(["exp_avg_sq"])}, "average_optimizer_state=<.*> is not a sequence of names"),
+        ({"average_optimizer_state": ["step"]}, r"average_optimizer_state=\('step',\) names 'step', which counts"),
         ({"average_optimizer_state": ["exp_avg"]}, "averages 'exp_avg' without the second moment"),
         (
             {"average_optimizer_state": {"exp_avg_sq"}},
@@ -154,6 +159,7 @@ def test_other_strategies_options_given_as_none_are_fine():
             {"schedule": Users(world_size=2, partition=lambda t: ((0, 1),), group=lambda r, t: (r,))},
             "contradicts itself",
         ),
+        ({"schedule": Users(world_size=2, period=10**10)}, "period of the schedule=10000000000 is too large: all"),
         ({"schedule": Users(world_size=2, partition=lambda t: 7)}, "schedule=Users() could not be asked: TypeError"),
     ],
 )
@@ -161,11 +167,12 @@ def test_refused_once_the_world_size_is_known(options, message):
     assert message in refused(2, lambda rank: options)
 
 
-@pytest.mark.parametrize("group_size", [1, 3])
-def test_a_bad_group_size_is_refused_before_any_process_group_exists(group_size):
+@pytest.mark.parametrize("options", [{"group_size": 1}, {"group_size": 3}, {"process_group_backend": "junk"}])
+def test_bad_options_are_refused_before_any_process_group_exists(options):
     def run(rank):
-        with pytest.raises(ValueError, match=f"group_size={group_size} is"):
-            fit(BoringModel(), 2, group_size=group_size)
+        ((name, value),) = options.items()
+        with pytest.raises(ValueError, match=f"{name}={value!r} "):
+            fit(BoringModel(), 2, **options)
         return dist.is_initialized()
 
     assert run_ranks(run, 2, init=False) == [False, False]
@@ -178,6 +185,21 @@ def test_average_gradients_with_lbfgs_is_refused():
 
     message = refused(2, lambda rank: {"average_gradients": True}, lambda rank: WithLBFGS())
     assert "average_gradients=True cannot be used with LBFGS" in message
+
+
+def test_average_gradients_with_a_sparse_embedding_is_refused_before_the_first_step():
+    message = refused(
+        2,
+        lambda rank: {"average_gradients": True, "sync_every": 2},  # gradients would be looked at in the second step
+        lambda rank: model_with(nn.Embedding(3, 2, sparse=True)),
+    )
+    assert "average_gradients=True cannot average sparse gradients" in message
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_model_without_anything_to_train_is_refused(world_size):
+    message = refused(world_size, model=lambda rank: BoringModel().requires_grad_(False))
+    assert "The loss depends on no parameter that requires a gradient, so there is nothing to train." in message
 
 
 # ---- ranks that differ ----------------------------------------------------------------------------------------------
@@ -348,11 +370,18 @@ def test_torchruns_store_warns_where_restarts_would_find_old_addresses(monkeypat
 
 @pytest.mark.parametrize(
     ("backend", "why"),
-    [("junk", "there is no 'junk' here"), ("cuda:nccl", "."), ("cpu:gloo", "only under its plain name 'gloo'")],
+    [
+        ("junk", "there is no 'junk' here"),
+        (3, "there is no '3' here"),
+        ("nccl", ""),
+        ("cuda:nccl", "."),
+        ("cuda:gloo", "it has nothing for cpu tensors"),
+        ("cpu:gloo", "only under its plain name 'gloo'"),
+    ],
 )
 def test_a_backend_that_is_not_to_be_had_is_refused(backend, why):
     message = refused(2, lambda rank: {"process_group_backend": backend})
-    assert re.search(f"process_group_backend='{backend}' cannot be used: .*{why}", message)
+    assert re.search(f"process_group_backend={backend!r} cannot be used: .*{why}", message)
 
 
 class Frozen(BoringModel):

@@ -4,20 +4,29 @@
 """
 
 import hashlib
+import importlib
 import math
+import multiprocessing
 import os
 import random
 import re
+import runpy
+import signal
+import sys
+import time
 import traceback
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
 import torch
+from hydra.core.plugins import Plugins
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
@@ -31,7 +40,7 @@ from tests.test_errors import Users
 
 pytestmark = pytest.mark.slow
 
-CASES = int(os.environ.get("FUZZ", 24))
+CASES = int(os.environ.get("FUZZ", 20))
 
 # Where an error may be raised: here (a signature of Python's), in ds_lightning, or in Lightning; never inside torch.
 OWN = str(Path(ds_lightning.__file__).parent)
@@ -52,8 +61,8 @@ def tally(request):
     """How often there was which end; shown after the last case."""
     ends: Counter[str] = Counter()
     yield ends
-    for end, count in sorted(ends.items()):
-        request.config.get_terminal_writer().line(f"\n{count:5d} {end}")
+    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        print("", *(f"{count:5d} {end}" for end, count in sorted(ends.items())), sep="\n")
 
 
 # ---- constructor arguments ------------------------------------------------------------------------------------------
@@ -401,3 +410,267 @@ def test_arguments(seed, tally):
     except Exception as e:
         tally["FAILED"] += 1
         raise AssertionError(f"{case}") from e
+
+
+# ---- overrides on the command line ----------------------------------------------------------------------------------
+
+
+def overrides(recipe: str, n: int) -> dict[str, list[Any]]:
+    """Values of the application's settings for ``n`` ranks; those of "" are whole arguments.
+
+    Left out is what Hydra itself answers with a traceback, such as ``logger=null`` and ``=3``.
+    """
+
+    def must(*values: Any, told: str = "") -> list[Bad]:
+        return [Bad(str(value), told or "but must be ") for value in values]
+
+    def bools(told: str = "is not a bool") -> list[Any]:
+        return ["true", "false", *must("maybe", 3, "null", told=told)]
+
+    sizes = ["0", "-1", "1.5", "abc", "true", "null", "[2]", *(["1", str(n + 1)] if n > 1 else [])]
+    settings: dict[str, list[Any]] = {
+        "strategy.group_size": ["auto", str(max(n, 2)), *(Bad(size, "group_size=") for size in sizes)],
+        "strategy.schedule": ["auto", "grid", "shuffle", *map(Bad, ("gird", "topology"), ("schedule=",) * 2)],
+        "strategy.overlap": bools(),
+        "strategy.average_gradients": bools(),
+        "strategy.save_replicas": bools(),
+        "strategy.sync_every": ["1", "2", *must(0, 1.5, "x", "null", told="sync_every=")],
+        "strategy.optimizer_state_every": ["1", "8", *must(0, 1.5, "x", told="optimizer_state_every=")],
+        "strategy.wire_dtype": ["null", "bf16", "fp16", "int8", *must("bf17", 16, "[bf16]", told="wire_dtype=")],
+        "strategy.average_optimizer_state": ["[]", "[exp_avg_sq]"]
+        + must("exp_avg_sq", "null", "[1]", "[exp_avg]", told="average_optimizer_state="),
+        "strategy.seed": ["0", "-7", *must(1.5, "x", "null", told="seed=")],
+        "strategy.timeout": ["null", *must(5, "long", told="timeout=")],
+        "strategy.timeout.seconds": ["60", *must(0, -5, told="timeout="), *must("x", told="timedelta seconds")],
+        "strategy.process_group_backend": ["null", "gloo", *must("junk", "nccl", told="process_group_backend=")],
+        "strategy.start_method": ["fork", *must("thread", told="start method 'thread'")],
+        "strategy": ["dssync", "dssync_adam", "ddp", Bad("dsync", "Could not find 'strategy/dsync'")],
+        "trainer.max_steps": ["1", "2", *must("a", 1.5, "null", "[1]"), Bad("-2", "max_steps.* -2")],
+        "trainer.max_epochs": ["1", *must("a", 1.5, "true"), Bad("-5", "max_epochs.* -5")],
+        "trainer.precision": ["32-true", "bf16-mixed", *must("bf17", 17)],
+        "trainer.accumulate_grad_batches": ["1", "2", *must(0, -1, "two", 1.5)],
+        "trainer.gradient_clip_val": ["null", "0.5", "1", *must("x", "[1]", "true")],
+        "trainer.devices": [*must(0, -1, "x", told="devices")],
+        "trainer.accelerator": ["cpu", Bad("quantum", "accelerator='quantum'"), *must(3)],
+        "trainer.limit_train_batches": ["2", "0.5", *must("x"), Bad("-1", "-1 for limit_train_batches")],
+        "trainer.limit_val_batches": ["0", "1", *must("x"), Bad("2.5", "2.5 for limit_val_batches")],
+        "trainer.log_every_n_steps": ["1", "10", *must("x", 1.5)],
+        "trainer.val_check_interval": ["1.0", Bad("x", "val_check_interval.*'x'"), Bad("7", "val_check_interval.*7")],
+        "trainer.deterministic": ["true", "warn", *must("x")],
+        "trainer.fast_dev_run": ["true", *must("x")],
+        "trainer.enable_model_summary": ["true", *must("x")],
+        "data.batch_size": ["8", *must(0, -1, "x", 1.5), Bad("100000", "data.batch_size=100000")],
+        "data.num_workers": ["0", *must("x", 1.5), Bad("-1", "num_workers option should be non-negative")],
+        "data.partition": ["iid", "by_label", "dirichlet:0.5", *must("by_lable", "dirichlet:-1", "dirichlet:x", 3)],
+        "data.split_seed": ["1", *must(-1, "x", 1.5, 2**40)],
+        "model.optimizer.lr": ["0.01", "1", *must("x", "null", "true"), Bad("-1", "learning rate: -1")],
+        "model.optimizer.weight_decay": ["0.0", *must("x"), Bad("-1", "weight_decay value: -1")],
+        "callbacks": [
+            "default",
+            "consensus",
+            "swa callbacks.swa.start=0",
+            Bad("nope", "Could not find 'callbacks/nope'"),
+        ]
+        + [Bad("consensus callbacks.consensus.every_n_steps=0", "every_n_steps=0")]
+        + [Bad("swa callbacks.swa.start=2.5", "start=2.5")],
+        "callbacks.learning_rate.logging_interval": ["step", *must("sometimes", 3)],
+        "logger": ["csv", "tensorboard", Bad("nope", "Could not find 'logger/nope'")],
+        "seed": ["3", "null", *must("x", 1.5, "true"), Bad("-1", "-1 is not in bounds")],
+        "compile": ["false", *must("x", 3)],
+        "ckpt_path": ["null", "last", Bad("nowhere.ckpt", "nowhere.ckpt"), *must(3)],
+        "": ["+strategy.find_unused_parameters=true", "+trainer.detect_anomaly=true"]
+        + [
+            Bad(f"{name}=1", f"Could not override '{name}'")
+            for name in (
+                "trainer.foo",
+                "strategy.grop_size",
+                "data.batchsize",
+                "model.net.dept",
+                "optimizer.lr",
+                "modle",
+            )
+        ]
+        + [Bad(f"+{name}.foo=1", "argument 'foo'") for name in ("trainer", "model", "model.net", "data", "logger")]
+        + [
+            Bad("+strategy.zzz=1", "zzz=1 is no option of DSSyncStrategy"),
+            Bad("strategy.group_size", "missing EQUAL"),
+            Bad("strategy.group_size=[1", "no viable alternative"),
+            Bad("trainer.=3", "LexerNoViableAlt"),
+            Bad("seed=0,1", "Ambiguous value"),
+            Bad("--nope", "unrecognized arguments: --nope"),
+            Bad("data=mnist", "Could not find 'data/mnist'"),
+            Bad("trainer=nope", "Could not find 'trainer/nope'"),
+            Bad("recipe=bret", "Could not find 'recipe/bret'"),
+            Bad("strategy.group_size=${foo.bar}", "Interpolation key 'foo.bar' not found"),
+            Bad("trainer.strategy=null", "strategy=None"),
+            Bad("model.optimizer._target_=torch.optim.Nope", "Error locating target 'torch.optim.Nope'"),
+            Bad("model._target_=recipes.nowhere.Model", "Error locating target 'recipes.nowhere.Model'"),
+        ],
+    }
+    vision: dict[str, list[Any]] = {
+        "model.net.depth": ["10", *must(11, "x", 1.5)],
+        "model.net.width": ["1", *must(0, "x", 1.5)],
+        "model.net.norm": ["batch", "group", *must("layer", 3)],
+        "model.net.in_channels": ["1", *must("x"), Bad("3", "model.net.in_channels=1")],
+        "model.num_classes": ["10", *must("x"), Bad("11", "model.num_classes=10"), Bad("0", "`num_classes`.*got 0")],
+        "model.label_smoothing": ["0.1", *must(1, -1, "x")],
+        "model.channels_last": bools("but must be bool"),
+        "model.optimizer.momentum": ["0.5", *must("x"), Bad("-1", "momentum value: -1")],
+        "model.optimizer.nesterov": ["true", "false", *must("x")],
+        "model.scheduler": ["null"],
+        "model.scheduler.milestones": ["[1,2]", *must(3, "x")],
+        "model.scheduler.gamma": ["0.5", *must("x")],
+        "data": [Bad("cifar10", "no complete CIFAR-10"), Bad("randhie", "Could not find 'recipe/wide_resnet/randhie'")],
+    }
+    clicks: dict[str, list[Any]] = {
+        "model.net.embedding_dim": ["4", *must("x", 1.5)],
+        "model.net.hidden": ["[8]", "[]", *must("x", 3)],
+        "model.net.dropout": ["0.0", *must("x"), Bad("2", "dropout probability")],
+        "model.thresholds": ["null", "50", *must("x")],
+        "model": ["deepfm_sparse"],
+        "data": [Bad("criteo", "data.root is missing"), Bad("digits", "Could not find 'recipe/deepfm/digits'")],
+    }
+    return settings | (vision if recipe == "wide_resnet" else clicks)
+
+
+SMALL = ("trainer=smoke", "trainer.max_steps=1", "trainer.limit_val_batches=1", "trainer.limit_test_batches=1")
+
+
+@dataclass
+class Command:
+    """A command line, and the messages of which it must give one; none: it must run."""
+
+    recipe: str
+    devices: int
+    given: dict[str, str] = field(default_factory=dict)
+    bad: dict[str, Bad] = field(default_factory=dict)
+
+    def put(self, draw: random.Random) -> None:
+        table = overrides(self.recipe, self.devices)
+        name = draw.choice(list(table))
+        if any(other.startswith(f"{name}.") or name.startswith(f"{other}.") for other in self.given if other):
+            return  # one decides what the other is of
+        good = [value for value in table[name] if not isinstance(value, Bad)]
+        bad = [value for value in table[name] if isinstance(value, Bad)]
+        value = draw.choice(bad if not good or (bad and draw.random() < 0.4) else good)
+        self.bad.pop(name, None)
+        if isinstance(value, Bad):
+            self.bad[name] = value
+            value = value.value
+        self.given[name] = value
+
+    @property
+    def arguments(self) -> list[str]:
+        small = ["model.net.width=1"] if self.recipe == "wide_resnet" else []
+        base = [f"recipe={self.recipe}", *SMALL, *small, "callbacks.checkpoint=null", f"trainer.devices={self.devices}"]
+        given = (f"{name}={value}" if name else value for name, value in self.given.items())
+        return base + [argument for arguments in given for argument in arguments.split()]
+
+
+def draw_command(seed: int) -> Command:
+    """A small run of which one to three settings are changed, to valid values or not."""
+    draw = random.Random(seed)
+    command = Command(draw.choice(("wide_resnet", "deepfm")), draw.choice((1, 2, 2, 2, 3)))
+    for _ in range(draw.choice((1, 1, 2, 3))):
+        command.put(draw)
+    sparse = command.given.get("model") == "deepfm_sparse"
+    if sparse and command.given.get("strategy.average_gradients") == "true" and command.devices > 1:
+        command.bad["sparse"] = Bad(True, "cannot average sparse gradients")
+    return command
+
+
+def serve(pipe: Connection) -> None:
+    """Runs the application for every message, in a fork of its own of this process, which has imported everything."""
+    for module in ("train", "wide_resnet", "images", "deepfm", "clicks", "progress"):
+        importlib.import_module(f"recipes.{module}")
+    Plugins.instance()
+    sys.modules.pop("recipes.train")  # it will be __main__
+    torch.set_num_threads(1)
+    with suppress(EOFError):
+        while True:
+            arguments, folder, limit = pipe.recv()
+            pid = os.fork()
+            if pid == 0:
+                run_application(arguments, folder)
+            deadline = time.monotonic() + limit
+            while not (ended := os.waitpid(pid, os.WNOHANG))[0] and time.monotonic() < deadline:
+                time.sleep(0.01)
+            if not ended[0]:
+                os.killpg(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+            pipe.send(os.waitstatus_to_exitcode(ended[1]) if ended[0] else None)
+
+
+def run_application(arguments: list[str], folder: Path) -> NoReturn:
+    """As `python -m recipes.train` does, its output in a file."""
+    os.setsid()
+    os.chdir(folder)
+    output = os.open("output.txt", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
+    sys.argv = ["train.py", *arguments]
+    code = 1
+    try:
+        runpy.run_module("recipes.train", run_name="__main__", alter_sys=True)
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+@pytest.fixture(scope="module")
+def application():
+    """Runs a command line in a folder; the exit code and the output, or a TimeoutError."""
+    context = multiprocessing.get_context("spawn")  # no test has run there
+    pipe, other = context.Pipe()
+    process = context.Process(target=serve, args=(other,))
+    process.start()
+    other.close()
+
+    def run(arguments: list[str], folder: Path, limit: float = 90) -> tuple[int, str]:
+        pipe.send((arguments, folder, limit))
+        if (code := pipe.recv()) is None:
+            raise TimeoutError(f"did not end within {limit} s")
+        return code, (folder / "output.txt").read_text()
+
+    yield run
+    pipe.close()
+    process.join(10)
+
+
+def judge_command(command: Command, code: int, output: str, folder: Path) -> str:
+    """The end it came to, or an ``AssertionError``."""
+    lines = output.strip().splitlines()
+    shown = "\n".join(lines[-30:])
+    results = [*folder.rglob("results.json")]
+    assert "Traceback" not in output, shown
+    if not command.bad:
+        assert code == 0, shown
+        assert len(results) == 1, shown
+        return f"command ran on {command.devices}"
+    assert code in (1, 2), f"{code}: {shown}"
+    assert not results, shown
+    assert "train/loss" not in output, f"it had begun to train: {shown}"
+    own = lines[-1].startswith("error: ")
+    told = lines[-1] if own else output
+    assert any(re.search(bad.told, told, re.DOTALL) for bad in command.bad.values()), shown
+    return f"command refused by {'the application, in one line' if own else 'Hydra'}"
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("seed", range(CASES))
+def test_overrides(seed, tally, application, tmp_path):
+    command = draw_command(seed)
+    try:
+        tally[judge_command(command, *application(command.arguments, tmp_path), tmp_path)] += 1
+    except Exception as e:
+        tally["command FAILED"] += 1
+        raise AssertionError(f"{command}") from e

@@ -394,6 +394,21 @@ def test_another_number_of_classes_is_refused(tmp_path):
         trainer.fit(small_classifier(), data)
 
 
+def test_another_number_of_channels_is_refused():
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    classifier = ImageClassifier(wide_resnet(10, 1), 10, partial(torch.optim.SGD, lr=0.1))
+    with pytest.raises(
+        ValueError, match=r"have 1 channels, but the network takes 3\. HINT: add model\.net\.in_channels=1"
+    ):
+        trainer.fit(classifier, Digits(16))
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_split_seed_that_none_can_draw_with_is_refused(seed):
+    with pytest.raises(ValueError, match=f"data.split_seed is {seed}, but must be at least 0 and below"):
+        Digits(16, split_seed=seed)
+
+
 def test_classifier_options(monkeypatch):
     torch.manual_seed(0)
     images, labels = torch.randn(4, 1, 8, 8), torch.arange(4)

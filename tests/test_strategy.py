@@ -560,6 +560,29 @@ def test_two_fits_in_a_row(same_trainer):
     assert relative_error(torch.stack([v[9] for _, v, _ in ranks]).mean(0), ranks[0][2]) < 1e-6
 
 
+def test_without_an_optimizer():
+    """Nor any float buffer: there is nothing to average."""
+
+    class Without(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Linear(2, 1)
+
+        def training_step(self, batch, batch_idx):
+            return self.net(batch).sum()
+
+        def configure_optimizers(self):
+            return None
+
+    def run(rank):
+        model = Without()
+        trainer_for(rank).fit(model, DataLoader(torch.randn(8, 2), batch_size=2))
+        return model.net.weight.data
+
+    one, other = run_ranks(run, 2)
+    assert torch.equal(one, other)
+
+
 def test_sync_batch_norm_warns():
     """It works on GPUs only (torch raises on a CPU), where it brings its own collectives back."""
 

@@ -356,7 +356,7 @@ def test_a_forgotten_average_counts_its_bytes_and_not_its_time():
 
 
 class Everything(nn.Module):
-    """Tied, frozen, complex, half-precision and double parameters; masks, integers and expanded buffers."""
+    """Tied, frozen, complex, half-precision, double and gappy parameters; masks, integers and expanded buffers."""
 
     def __init__(self):
         super().__init__()
@@ -375,6 +375,8 @@ class Everything(nn.Module):
         self.register_buffer("count", torch.tensor(0))
         self.register_buffer("mean", torch.zeros(2))
         self.register_buffer("secret", torch.zeros(2), persistent=False)
+        self.gappy = nn.Parameter(torch.randn(4, 8)[:, ::2])
+        self.register_buffer("one", torch.ones(1).expand(4))
 
 
 def disturbed(rank, steps, wire_dtype=None):
@@ -407,9 +409,26 @@ def test_every_kind_of_tensor_is_averaged_as_it_should(wire_dtype):
         assert torch.equal(model.frozen, Everything().frozen)
         assert torch.equal(model.mask, Everything().mask)
         assert torch.equal(model.wide, Everything().wide)
+        assert torch.equal(model.one, Everything().one)
         assert model.mean.tolist() == model.secret.tolist() == [1.5, 1.5]
         assert model.count.item() == rank  # integers wait for a consensus point
         assert model.head.weight is model.embedding.weight
+
+
+def test_buffers_of_8_bits_become_rank_0s():
+    """There is no sum of them in torch."""
+
+    def run(rank):
+        model = nn.Linear(2, 1)
+        model.register_buffer("codes", torch.full((3,), 1.0).to(torch.float8_e4m3fn))
+        sync = DSSynchronizer(model, torch.optim.SGD(model.parameters(), 0.1))
+        model.codes.copy_(torch.full((3,), 2.0 + rank))
+        sync.synchronize()
+        mine = model.codes.float().tolist()
+        sync.consensus()
+        return mine, model.codes.float().tolist()
+
+    assert run_ranks(run, 2) == [([2.0] * 3, [2.0] * 3), ([3.0] * 3, [2.0] * 3)]
 
 
 def test_consensus_is_exact_and_changes_nothing_twice():
@@ -613,12 +632,12 @@ def test_a_lost_rank_ends_its_group_with_an_error_that_names_it():
 
 
 class Alone:
-    """Rank 0 never averages."""
+    """Rank 0 never averages. Groups come one by one, and as lists."""
 
     world_size, period = 3, 1
 
     def partition(self, step):
-        return ((0,), (1, 2))
+        yield from ([0], [2, 1])
 
     def group(self, rank, step):
         return next(g for g in self.partition(step) if rank in g)

@@ -38,6 +38,7 @@ SelectTypeParameters=CR_Core
 SlurmdParameters=config_overrides
 ReturnToService=2
 KillWait=10
+SchedulerParameters=sched_interval=1,bf_interval=1
 {nodes}
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
