@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import multiprocessing
 from datetime import timedelta
 from difflib import get_close_matches
 from typing import Any
@@ -57,6 +58,13 @@ def check_timeout(timeout: Any) -> None:
             f"timeout={timeout!r} is not a timedelta of 1 ms to 100 years. HINT: use timedelta(minutes=30), or None for"
             " the backend's own."
         )
+
+
+def check_start_method(start_method: Any) -> None:
+    """A ``ValueError`` for one that there is not, also where another launcher starts the processes."""
+    known = ["popen", *multiprocessing.get_all_start_methods()]
+    if start_method not in known:
+        raise ValueError(f"start_method={start_method!r} is unknown. HINT: use one of {', '.join(map(repr, known))}.")
 
 
 def check_backend(backend: Any, device: torch.device) -> None:

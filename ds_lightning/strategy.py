@@ -40,7 +40,14 @@ from ds_lightning.checkpoint import AtomicCheckpointIO, require_resumable, resum
 from ds_lightning.consensus import broadcast_from_rank_0, consensus_of, consensus_of_optimizer_state
 from ds_lightning.groups import Attendance, ScheduledGroups, name_timeout, own_store, require_agreement, within
 from ds_lightning.launchers import ProcessLauncher, ScriptLauncher
-from ds_lightning.options import check_backend, check_bool, check_ddp_kwargs, check_group_size_alone, check_timeout
+from ds_lightning.options import (
+    check_backend,
+    check_bool,
+    check_ddp_kwargs,
+    check_group_size_alone,
+    check_start_method,
+    check_timeout,
+)
 from ds_lightning.preemption import StopSignals
 from ds_lightning.replica import load_replica, remove_older, restore_replica, save_replica
 from ds_lightning.rows import is_table
@@ -119,6 +126,7 @@ class DSSyncStrategy(DDPStrategy):
         own = set(inspect.signature(DSSyncStrategy.__init__).parameters) - {"self", "ddp_kwargs"}
         check_ddp_kwargs(ddp_kwargs, own)
         super().__init__(**ddp_kwargs)
+        check_start_method(self._start_method)
         check_timeout(self._timeout)
         automatic = isinstance(group_size, str) and group_size == "auto"
         self.group_size = group_size if automatic else check_group_size_alone(group_size)

@@ -120,6 +120,7 @@ class Users:
             "grop_size=4 is no option of DSSyncStrategy or DDPStrategy. HINT: did you mean 'group_size'",
         ),
         ({"strat_method": "fork"}, "strat_method='fork' is no option.* did you mean 'start_method'"),
+        ({"start_method": "thread"}, "start_method='thread' is unknown. HINT: use one of 'popen', 'fork'"),
         ({"zzz": 1}, "zzz=1 is no option.*its own options are .*wire_dtype"),
         ({"model_averaging_period": 4}, "model_averaging_period=4 cannot be used with.*HINT: .* sync_every"),
         ({"ddp_comm_state": 1}, "ddp_comm_state=1 cannot be used"),

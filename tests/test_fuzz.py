@@ -149,7 +149,7 @@ def options(n: int) -> dict[str, list[Any]]:
                 3,
             )
         ],
-        "start_method": ["popen", Bad("thread", "start method 'thread'"), Bad(3, "start method '3'")],
+        "start_method": ["popen", Bad("thread"), Bad(3)],
         # Of DistributedDataParallel: they warn.
         "find_unused_parameters": [True],
         "static_graph": [True],
@@ -443,7 +443,7 @@ def overrides(recipe: str, n: int) -> dict[str, list[Any]]:
         "strategy.timeout": ["null", *must(5, "long", told="timeout=")],
         "strategy.timeout.seconds": ["60", *must(0, -5, told="timeout="), *must("x", told="timedelta seconds")],
         "strategy.process_group_backend": ["null", "gloo", *must("junk", "nccl", told="process_group_backend=")],
-        "strategy.start_method": ["fork", *must("thread", told="start method 'thread'")],
+        "strategy.start_method": ["fork", *must("thread", told="start_method='thread' is unknown")],
         "strategy": ["dssync", "dssync_adam", "ddp", Bad("dsync", "Could not find 'strategy/dsync'")],
         "trainer.max_steps": ["1", "2", *must("a", 1.5, "null", "[1]"), Bad("-2", "max_steps.* -2")],
         "trainer.max_epochs": ["1", *must("a", 1.5, "true"), Bad("-5", "max_epochs.* -5")],
