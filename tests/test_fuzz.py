@@ -508,7 +508,7 @@ def overrides(recipe: str, n: int) -> dict[str, list[Any]]:
         ],
     }
     vision: dict[str, list[Any]] = {
-        "model.net.depth": ["10", *must(11, "x", 1.5)],
+        "model.net.depth": ["10", *must("x", 1.5), Bad("11", "depth is 11")],
         "model.net.width": ["1", *must(0, "x", 1.5)],
         "model.net.norm": ["batch", "group", *must("layer", 3)],
         "model.net.in_channels": ["1", *must("x"), Bad("3", "model.net.in_channels=1")],
