@@ -50,6 +50,7 @@ class Began(pl.Callback):
         self.times = []
 
     def on_train_start(self, trainer, pl_module):
+        self.times.append(time.monotonic())
         (self.folder / "training").touch()
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
