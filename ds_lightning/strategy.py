@@ -6,6 +6,7 @@ import inspect
 import itertools
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -144,6 +145,7 @@ class DSSyncStrategy(DDPStrategy):
         self._schedule: Schedule | None = None  # the one in use, once the world size is known
         self._groups: ScheduledGroups | None = None
         self._attendance: Attendance | None = None
+        self._took: dict[str, float] = {}  # seconds of start-up
         self._positions: list[dict[str, int]] = []  # in the schedule, per optimizer: of a checkpoint or an earlier fit
         self._no_loss = False
         self._stepping = False  # an optimizer's step has begun: its closure is running
@@ -182,19 +184,27 @@ class DSSyncStrategy(DDPStrategy):
                 if isinstance(self.schedule, str):
                     raise  # on every rank alike, before any of them waits for another
                 error = str(e)  # a schedule object may be wrong on one rank only, and the others must not wait for it
-        with self._meeting_at_the_store():
+        with self._taking_time("process group"), self._meeting_at_the_store():
             within(self._timeout, super().setup_distributed)
             if self.world_size > 1:
                 store = own_store(f"attendance {next(_ATTENDANCES)}", self._timeout)
         if self.world_size > 1:
             _warn_of_torchruns_store()
-            self._attendance = Attendance(store, self._timeout)
-            with self._meeting("to compare options"):
-                require_agreement("the strategy's options", self._options(), error)
+            with self._taking_time("agreement"):
+                self._attendance = Attendance(store, self._timeout)
+                with self._meeting("to compare options"):
+                    require_agreement("the strategy's options", self._options(), error)
             self._schedule = self._make_schedule(self._attendance.hosts)
         connector = trainer._checkpoint_connector
         if "resume_start" not in vars(connector):
             connector.resume_start = partial(self._resume_start, connector.resume_start)  # type: ignore[method-assign]
+
+    @contextmanager
+    def _taking_time(self, what: str) -> Iterator[None]:
+        """Where start-up's time goes, which includes waiting for ranks that come later."""
+        start = time.perf_counter()
+        yield
+        self._took[what] = time.perf_counter() - start
 
     @contextmanager
     def _meeting_at_the_store(self) -> Iterator[None]:
@@ -222,14 +232,17 @@ class DSSyncStrategy(DDPStrategy):
         assert self._attendance is not None
         first = self._groups is None
         with self._meeting("to begin with the same model"):
-            for model in self.averaged_modules():  # an average model is a copy of each rank's own first values
-                broadcast_from_rank_0(model)
-            if self._groups is None:
-                self._groups = ScheduledGroups(self._schedule, self._timeout, self._attendance.hosts)
+            with self._taking_time("model"):
+                for model in self.averaged_modules():  # an average model is a copy of each rank's own first values
+                    broadcast_from_rank_0(model)
+            with self._taking_time("groups"):
+                if self._groups is None:
+                    self._groups = ScheduledGroups(self._schedule, self._timeout, self._attendance.hosts)
             if self._signals is not None:
                 self._signals.start(self._timeout or default_pg_timeout)
         if first:
-            rank_zero_info(f"dssync: {_describe(self._schedule, self._groups.period)}.")
+            took = ", ".join(f"{what} {seconds:.1f} s" for what, seconds in self._took.items())
+            rank_zero_info(f"dssync: {_describe(self._schedule, self._groups.period)}. Start-up: {took}.")
         if self.optimizer_state_every > 1 and not self.average_optimizer_state:
             rank_zero_warn(
                 f"dssync: optimizer_state_every={self.optimizer_state_every} has no effect: there is no"

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import re
 
 import pytest
 import torch
@@ -88,7 +89,9 @@ def described(world_size, **options):
         assert made_in_training == 0
         assert steps == 6
         assert len(lines) == (rank == 0)
-    return ranks[0][1][0], max(groups for _, _, groups, *_ in ranks)
+    line, times = ranks[0][1][0].split(" Start-up: ")
+    assert re.fullmatch(r"process group \d+\.\d s, agreement \d+\.\d s, model \d+\.\d s, groups \d+\.\d s\.", times)
+    return line, max(groups for _, _, groups, *_ in ranks)
 
 
 @pytest.mark.parametrize(
