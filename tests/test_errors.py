@@ -19,7 +19,7 @@ from torch import nn
 from ds_lightning import DSSyncStrategy, GridSchedule, ShuffleSchedule
 from tests.ranks import QUIET, run_ranks
 
-LIMIT = 15.0  # seconds, below the timeouts; a name server that drops a question costs torch 5
+LIMIT = 5.0
 
 
 def fit(model, world_size, steps=2, **options):
