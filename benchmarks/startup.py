@@ -22,14 +22,14 @@ from torch import nn
 
 from benchmarks.cluster import PORT, SETTINGS, Cluster, ClusterError
 from ds_lightning.consensus import broadcast_from_rank_0
-from ds_lightning.groups import Attendance, ScheduledGroups, own_store, require_agreement
+from ds_lightning.groups import Attendance, ScheduledGroups, connect, connecting_later, own_store, require_agreement
 from ds_lightning.schedule import make_schedule
 
-PHASES = ("torch's process group", "agreement on options", "same model", "groups of the schedule")
+PHASES = ("torch's process group", "agreement on options", "connections", "same model", "groups of the schedule")
 TIMEOUT = 300
 
 
-def _sent() -> tuple[int, int]:
+def sent() -> tuple[int, int]:
     """TCP connections opened and segments sent in this namespace so far."""
     names, values = (
         line.split() for line in Path("/proc/thread-self/net/snmp").read_text().splitlines() if line.startswith("Tcp:")
@@ -45,7 +45,8 @@ def begin(rank: int, ranks: int, barrier: Barrier) -> list[tuple[float, int, int
     timeout = timedelta(seconds=TIMEOUT)
 
     def process_group() -> None:
-        dist.init_process_group("gloo", f"tcp://127.0.0.1:{PORT}", rank=rank, world_size=ranks, timeout=timeout)
+        with connecting_later():
+            dist.init_process_group("gloo", f"tcp://127.0.0.1:{PORT}", rank=rank, world_size=ranks, timeout=timeout)
 
     attendances: list[Attendance] = []
 
@@ -57,15 +58,15 @@ def begin(rank: int, ranks: int, barrier: Barrier) -> list[tuple[float, int, int
         hosts = attendances[0].hosts
         ScheduledGroups(make_schedule("auto", ranks, nodes=hosts), timeout, hosts)
 
-    phases = (process_group, agreement, lambda: broadcast_from_rank_0(model), groups)
+    phases = (process_group, agreement, lambda: connect(timeout), lambda: broadcast_from_rank_0(model), groups)
     found = []
     for phase in phases:
         barrier.wait(TIMEOUT)
-        before, memory, start = _sent(), _memory(), time.perf_counter()
+        before, memory, start = sent(), _memory(), time.perf_counter()
         phase()
         barrier.wait(TIMEOUT)
         seconds = time.perf_counter() - start
-        opened, segments = (now - then for now, then in zip(_sent(), before, strict=True))
+        opened, segments = (now - then for now, then in zip(sent(), before, strict=True))
         found.append((seconds, opened, segments, _memory() - memory))
         barrier.wait(TIMEOUT)
     return found

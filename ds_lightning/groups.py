@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -83,7 +84,8 @@ class ScheduledGroups:
             for members in partition:
                 if len(members) > 1 and members not in seen:
                     seen.add(members)
-                    group = within(timeout, partial(dist.new_group, list(members), timeout=timeout))
+                    with connecting_later(False):
+                        group = within(timeout, partial(dist.new_group, list(members), timeout=timeout))
                     if isinstance(group, dist.ProcessGroup):  # else this rank is no member
                         mine[members] = group
         own = [tuple(sorted(schedule.group(self.rank, t))) for t in range(period)]
@@ -144,6 +146,42 @@ def within(timeout: timedelta | None, call: Callable[[], T]) -> T:
         if future.done():  # its own error: from Python 3.11 on it is of this class as well
             raise
         raise RuntimeError("the key-value store, or a rank, does not answer") from None
+
+
+@contextmanager
+def connecting_later(later: bool = True) -> Iterator[None]:
+    """A process group of gloo made inside connects no ranks, in the place of each pair: call :func:`connect`.
+
+    By torch's own variable, which torch before 2.8 does not know. A user's value decides, unless ``later`` is false.
+    """
+    variable = "TORCH_GLOO_LAZY_INIT"
+    before = os.environ.get(variable)
+    os.environ[variable] = (before or "1") if later else "0"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[variable]
+        else:
+            os.environ[variable] = before
+
+
+def connect(timeout: timedelta | None) -> None:
+    """Make the connections of gloo that collectives of all ranks use: about N log2 N of the N^2/2 pairs. Collective.
+
+    At once, because gloo may wait without a limit for a rank that ends before both were connected (gloo issue 520).
+
+    Raises:
+        RuntimeError: If that takes longer than the timeout and :data:`GRACE`.
+    """
+
+    def run() -> None:
+        dist.barrier()  # ranks 1, 2, 4, ... apart, among which are all rings and trees
+        gathered = [torch.empty(1) for _ in range(dist.get_world_size())] if dist.get_rank() == 0 else None
+        dist.gather(torch.zeros(1), gathered)  # everybody with rank 0, as reduce and scatter
+
+    if dist.get_backend() == "gloo":
+        within(timeout, run)
 
 
 def own_store(name: str, timeout: timedelta | None) -> Store:

@@ -271,7 +271,8 @@ def make_schedule(
         schedule: ``"grid"``, ``"shuffle"``, a :class:`Schedule` (returned as it is), or ``"auto"``: a grid where the
             world size factors into groups of at most twice ``group_size``, else a shuffle.
         world_size: Number of ranks N.
-        group_size: Target group size, or ``"auto"``: 2 up to 8 ranks, about the square root of N beyond.
+        group_size: Target group size, or ``"auto"``: 2 up to 8 ranks, about the square root of N beyond, at most
+            32.
         seed: Seed of a shuffle.
         nodes: The node of each rank, by which a grid is laid out.
 
@@ -319,8 +320,11 @@ def check_schedule_name(name: Any) -> None:
 
 
 def auto_group_size(world_size: int) -> int:
-    """2 up to 8 ranks, about the square root of N beyond (4 at 16, 8 at 64)."""
-    return min(world_size, 2 if world_size <= 8 else round(math.sqrt(world_size)))
+    """2 up to 8 ranks, about the square root of N beyond (4 at 16, 8 at 64), 32 from N = 1,024 on.
+
+    Larger ones would only cost: the connections of groups would grow as N^1.5, and a ring has 2 (g - 1) steps.
+    """
+    return min(world_size, 2 if world_size <= 8 else round(math.sqrt(world_size)), 32)
 
 
 def check_group_size(group_size: Any, world_size: int) -> int:

@@ -39,7 +39,16 @@ from typing_extensions import override
 
 from ds_lightning.checkpoint import AtomicCheckpointIO, require_resumable, resume
 from ds_lightning.consensus import broadcast_from_rank_0, consensus_of, consensus_of_optimizer_state
-from ds_lightning.groups import Attendance, ScheduledGroups, name_timeout, own_store, require_agreement, within
+from ds_lightning.groups import (
+    Attendance,
+    ScheduledGroups,
+    connect,
+    connecting_later,
+    name_timeout,
+    own_store,
+    require_agreement,
+    within,
+)
 from ds_lightning.launchers import ProcessLauncher, ScriptLauncher
 from ds_lightning.options import (
     check_backend,
@@ -80,7 +89,7 @@ class DSSyncStrategy(DDPStrategy):
     steps; whether a step was skipped or a parameter unused there does not matter.
 
     Args:
-        group_size: Ranks per group, 2 to the world size; ``"auto"``: 2 up to 8 ranks, about sqrt(N) beyond.
+        group_size: Ranks per group, 2 to the world size; ``"auto"``: 2 up to 8 ranks, about sqrt(N) beyond, at most 32.
         schedule: ``"grid"`` (exact consensus after k steps), ``"shuffle"`` (random groups, any N), ``"auto"`` (a grid
             where the world size factors into groups near ``group_size``, else a shuffle), or a
             :class:`~ds_lightning.schedule.Schedule`.
@@ -184,7 +193,7 @@ class DSSyncStrategy(DDPStrategy):
                 if isinstance(self.schedule, str):
                     raise  # on every rank alike, before any of them waits for another
                 error = str(e)  # a schedule object may be wrong on one rank only, and the others must not wait for it
-        with self._taking_time("process group"), self._meeting_at_the_store():
+        with self._taking_time("process group"), self._meeting_at_the_store(), connecting_later():
             within(self._timeout, super().setup_distributed)
             if self.world_size > 1:
                 store = own_store(f"attendance {next(_ATTENDANCES)}", self._timeout)
@@ -194,6 +203,8 @@ class DSSyncStrategy(DDPStrategy):
                 self._attendance = Attendance(store, self._timeout)
                 with self._meeting("to compare options"):
                     require_agreement("the strategy's options", self._options(), error)
+            with self._taking_time("connections"), self._meeting("to connect"):
+                connect(self._timeout)
             self._schedule = self._make_schedule(self._attendance.hosts)
         connector = trainer._checkpoint_connector
         if "resume_start" not in vars(connector):

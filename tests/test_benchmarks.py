@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
+import multiprocessing
 import os
 import select
 import signal
@@ -12,15 +14,19 @@ import subprocess
 import sys
 import threading
 import time
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 
-from benchmarks import cluster, report, step_time
+from benchmarks import cluster, report, startup, step_time
 from benchmarks.arms import dssync_options
 from benchmarks.cluster import SETTINGS, Cluster, ClusterError, RankError, check_machine, random_walk
 from benchmarks.report import Run
+from ds_lightning.groups import connect, connecting_later
 
 try:
     check_machine()
@@ -461,3 +467,58 @@ def test_a_run_that_hangs_ends_with_the_ranks_it_waited_for(tmp_path, monkeypatc
     assert "error: ranks [0, 1] did not finish measure within 1 s" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
     assert not namespaces_of(os.getpid())
+
+
+@needs_cluster
+@pytest.mark.slow
+def test_startup_takes_no_more_than_n_log_n_messages(capsys):
+    """Every pair of 32 ranks, as gloo connects them of itself, would be 48 times the connections of 4, not 20."""
+    few, many = 4, 32
+    assert startup.main(["--ranks", f"{few}", f"{many}"]) == 0
+    rows = [line.rsplit(maxsplit=5) for line in capsys.readouterr().out.splitlines()[1:]]
+    counted = {(row[0].strip(), int(row[1])): (int(row[3]), int(row[4])) for row in rows}
+    assert {phase for phase, _ in counted} == set(startup.PHASES)
+    n_log_n = many * math.log2(many) / (few * math.log2(few))
+    for phase in startup.PHASES:
+        (_, segments), (_, more) = counted[phase, few], counted[phase, many]
+        assert 0 < more < 1.3 * n_log_n * segments, phase  # TCP joins and repeats some
+    opened = [sum(counted[phase, ranks][0] for phase in startup.PHASES) for ranks in (few, many)]
+    assert 0 < opened[1] < 1.3 * n_log_n * opened[0]
+
+
+def connect_and_use(rank, ranks, barrier):
+    """Connections that collectives of all ranks open after `connect`, of each kind."""
+    with connecting_later():
+        options = {"rank": rank, "world_size": ranks, "timeout": timedelta(seconds=30)}
+        dist.init_process_group("gloo", f"tcp://127.0.0.1:{cluster.PORT}", **options)
+    connect(timedelta(seconds=30))
+    x, parts = torch.ones(ranks), [torch.ones(ranks) for _ in range(ranks)]
+    uses = {
+        "barrier": dist.barrier,
+        "all_reduce": lambda: dist.all_reduce(x),
+        "broadcast": lambda: [dist.broadcast(x, root) for root in range(ranks)],
+        "all_gather": lambda: dist.all_gather(parts, x),
+        "all_gather_object": lambda: dist.all_gather_object([None] * ranks, "a" * rank),
+        "reduce": lambda: dist.reduce(x, 0),
+        "reduce_scatter": lambda: dist.reduce_scatter(x, parts),
+        "gather": lambda: dist.gather(x, parts if rank == 0 else None),
+        "scatter": lambda: dist.scatter(x, parts if rank == 0 else None),
+    }
+    opened = {}
+    for name, use in uses.items():
+        barrier.wait(30)
+        before, _ = startup.sent()
+        barrier.wait(30)
+        use()
+        barrier.wait(30)
+        opened[name] = startup.sent()[0] - before
+    return opened
+
+
+@needs_cluster
+@pytest.mark.parametrize("ranks", [2, 5, 8, 13])
+def test_once_connected_no_collective_of_all_ranks_waits_for_a_connection(ranks):
+    with Cluster(ranks, 100, SETTINGS["loopback"]) as hosts:
+        barrier = multiprocessing.get_context("fork").Barrier(ranks)
+        for opened in hosts.call(connect_and_use, ranks, barrier, timeout=60):
+            assert opened == dict.fromkeys(opened, 0)

@@ -188,9 +188,18 @@ def test_grid_lines_are_the_submeshes_of_a_device_mesh():
     assert GridSchedule(12, 4).partition(1) == tuple(map(tuple, mesh.tolist()))
 
 
-@pytest.mark.parametrize(("n", "expected"), [(1, 1), (2, 2), (3, 2), (8, 2), (9, 3), (16, 4), (64, 8), (100, 10)])
+@pytest.mark.parametrize(
+    ("n", "expected"), [(1, 1), (2, 2), (3, 2), (8, 2), (9, 3), (16, 4), (64, 8), (100, 10), (10**5, 32)]
+)
 def test_auto_group_size(n, expected):
     assert auto_group_size(n) == expected
+
+
+@pytest.mark.parametrize("n", [8, 16, 60, 127, 256, 997, 1000, 1024, 10_000, 65_536, 99_991, 100_000])
+def test_a_ranks_groups_have_connections_to_order_log_n_others(n):
+    schedule = make_schedule("auto", n)
+    groups = {schedule.group(n // 3, t) for t in range(schedule.period)}
+    assert sum(len(group) - 1 for group in groups) <= (7 if isinstance(schedule, GridSchedule) else 26) * math.log2(n)
 
 
 @pytest.mark.parametrize(

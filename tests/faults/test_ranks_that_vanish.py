@@ -1,9 +1,11 @@
 """A rank is killed, stopped, or raises, at a random moment of a real fit: the others end, and say whom they missed."""
 
+import multiprocessing
 import os
 import random
 import re
 import signal
+import socket
 import threading
 import time
 import warnings
@@ -16,6 +18,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from ds_lightning import DSSyncStrategy
+from ds_lightning import strategy as strategy_module
 from tests.ranks import RankError, run_ranks
 from tests.test_preemption import Slow
 from tests.test_strategy import RankData, trainer_for
@@ -86,7 +89,7 @@ def trial(rank, folder, seed, how):
 @pytest.mark.parametrize("seed", range(int(os.environ.get("TRIALS", "5"))))
 def test_the_others_end_in_time_and_name_whom_they_missed(seed, how, tmp_path):
     """40 trials each: `TRIALS=40 pytest tests/faults/test_ranks_that_vanish.py`."""
-    ends = run_ranks(trial, 4, tmp_path, seed, how, timeout=40, collective_timeout=TIMEOUT, errors=True)
+    ends = run_ranks(trial, 4, tmp_path, seed, how, timeout=40, init=False, errors=True)
     who = random.Random(seed).randrange(4)
     vanished = float((tmp_path / "vanished").read_text())
     blamed = set()
@@ -98,3 +101,44 @@ def test_the_others_end_in_time_and_name_whom_they_missed(seed, how, tmp_path):
         assert any(re.match(say, end.message) for say in SAYS), end.message
         blamed |= set(re.findall(r" (\d)", re.split(r" in vain for | with ", end.message)[1].split(":")[0]))
     assert str(who) in blamed
+
+
+def fit_without(rank, port, who, signum, errors):
+    """A process of its own, which ends as a program does, not by ``os._exit``."""
+    os.environ.update(
+        RANK=f"{rank}", LOCAL_RANK=f"{rank}", WORLD_SIZE="4", LOCAL_WORLD_SIZE="4", GROUP_RANK="0", NODE_RANK="0",
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=f"{port}", TORCHELASTIC_RUN_ID="test", GLOO_SOCKET_IFNAME="lo",
+    )  # fmt: skip
+    if rank == who:
+        strategy_module.connect = lambda timeout: os.kill(os.getpid(), signum)
+    trainer = trainer_for(rank, (), DSSyncStrategy(timeout=timedelta(seconds=TIMEOUT)))
+    try:
+        trainer.fit(Slow(), DataLoader(RankData(rank, 4), batch_size=None))
+    except RuntimeError as e:
+        errors.put((rank, str(e)))
+        raise
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("who", "signum"), [(3, signal.SIGKILL), (2, signal.SIGSTOP)])
+def test_processes_end_when_a_rank_vanishes_before_gloo_has_connected_it(who, signum):
+    """Of itself gloo would wait five times the timeout for it, or without a limit."""
+    context = multiprocessing.get_context("spawn")
+    errors = context.Queue()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    ranks = [context.Process(target=fit_without, args=(rank, port, who, signum, errors)) for rank in range(4)]
+    for process in ranks:
+        process.start()
+    try:
+        ends = dict(errors.get(timeout=60) for _ in range(3))
+        for rank, end in ends.items():
+            assert re.match(
+                rf"Rank {rank} waited in vain for ranks? \d.* to connect after step 0, at most 0:00:04", end
+            )
+            ranks[rank].join(5)
+            assert ranks[rank].exitcode == 1
+    finally:
+        for process in ranks:
+            process.kill()
+            process.join()
