@@ -150,9 +150,10 @@ def within(timeout: timedelta | None, call: Callable[[], T]) -> T:
 
 @contextmanager
 def connecting_later(later: bool = True) -> Iterator[None]:
-    """A process group of gloo made inside connects no ranks, in the place of each pair: call :func:`connect`.
+    """A process group of gloo made inside connects no ranks yet, in the place of each pair: call :func:`connect`.
 
-    By torch's own variable, which torch before 2.8 does not know. A user's value decides, unless ``later`` is false.
+    By torch's own variable, which torch before 2.8 does not know; a user's value of it decides. With ``later`` false
+    each pair is connected at once, whatever the variable says.
     """
     variable = "TORCH_GLOO_LAZY_INIT"
     before = os.environ.get(variable)

@@ -193,7 +193,8 @@ class DSSyncStrategy(DDPStrategy):
                 if isinstance(self.schedule, str):
                     raise  # on every rank alike, before any of them waits for another
                 error = str(e)  # a schedule object may be wrong on one rank only, and the others must not wait for it
-        with self._taking_time("process group"), self._meeting_at_the_store(), connecting_later():
+        later = self._get_process_group_backend() == "gloo"  # not one of several, which `connect` leaves alone
+        with self._taking_time("process group"), self._meeting_at_the_store(), connecting_later(later):
             within(self._timeout, super().setup_distributed)
             if self.world_size > 1:
                 store = own_store(f"attendance {next(_ATTENDANCES)}", self._timeout)
