@@ -322,7 +322,7 @@ def check_schedule_name(name: Any) -> None:
 def auto_group_size(world_size: int) -> int:
     """2 up to 8 ranks, about the square root of N beyond (4 at 16, 8 at 64), 32 from N = 1,024 on.
 
-    Larger ones would only cost: the connections of groups would grow as N^1.5, and a ring has 2 (g - 1) steps.
+    With larger ones the connections of groups would grow as N^1.5; and a member sends 2 (g - 1) messages per bucket.
     """
     return min(world_size, 2 if world_size <= 8 else round(math.sqrt(world_size)), 32)
 
