@@ -13,6 +13,8 @@ Words used everywhere in this package (N is the world size, g the group size):
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import math
 import operator
 from collections import Counter
@@ -215,6 +217,50 @@ class ShuffleSchedule:
 
     def __repr__(self) -> str:
         return f"ShuffleSchedule(world_size={self.world_size}, group_size={self.group_size}, seed={self.seed})"
+
+
+class CyclicSchedule:
+    """A list of partitions, used in turn: what a planner found, or a user wrote down.
+
+    Args:
+        partitions: One after the other, at least one; each has every rank 0 to N-1 exactly once.
+
+    Raises:
+        ValueError: If there is none, or one of them is no partition of the same ranks.
+
+    Example:
+        >>> CyclicSchedule([[(0, 1), (2,)], [(0,), (1, 2)]]).group(2, step=3)
+        (1, 2)
+    """
+
+    def __init__(self, partitions: Sequence[Sequence[Sequence[int]]]) -> None:
+        self._partitions = tuple(
+            tuple(tuple(sorted(as_int("rank", rank) for rank in group)) for group in partition)
+            for partition in partitions
+        )
+        if not self._partitions:
+            raise ValueError("partitions is empty. HINT: give the groups of one step at least.")
+        self.period = len(self._partitions)
+        self.world_size = sum(map(len, self._partitions[0]))
+        self._groups: list[dict[int, Group]] = [
+            {rank: group for group in partition for rank in group} for partition in self._partitions
+        ]
+        everybody = [*range(self.world_size)]
+        if any(sorted(itertools.chain(*partition)) != everybody for partition in self._partitions):
+            check_schedule(self)  # which says what is wrong
+
+    def group(self, rank: int, step: int) -> Group:
+        """The group of ``rank`` in partition ``step mod period``; O(1)."""
+        _check_rank(rank, self.world_size)
+        return self._groups[step % self.period][rank]
+
+    def partition(self, step: int) -> Partition:
+        """Partition ``step mod period``."""
+        return self._partitions[step % self.period]
+
+    def __repr__(self) -> str:
+        digest = hashlib.sha256(repr(self._partitions).encode()).hexdigest()
+        return f"CyclicSchedule({self.period} partitions of {self.world_size} ranks, {digest[:8]})"
 
 
 class _Permutation:

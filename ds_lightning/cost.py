@@ -1,0 +1,264 @@
+"""WHAT a step costs on a described network, and how far replicas stay apart: figures for a planner, without any wire.
+
+Time. Members of a group send to each other directly (payload.py): a pair swaps its models of ``M`` bytes, and in a
+group of m > 2 every member sends ``2 M / m`` to each other one, in two stages. So a link with k of the m members below
+it carries, per direction, ``M`` of a pair that it parts and ``k (m - k) 2 M / m`` of a larger group. A group takes as
+long as the busiest of its links needs for all that the step's groups put on it, and the latency of its path once per
+stage. Steps are coupled through membership: a rank begins its next step when its group is done, so a slow group delays
+those that its members meet next (a max-plus recurrence)::
+
+    overlap:   end_i(t) = max(end_i(t-1) + compute, max_{j in G} end_j(t-1) + seconds(G))
+    otherwise: end_i(t) = max_{j in G} end_j(t-1) + compute + seconds(G)
+
+Error. Every rank's update is its own unit of noise: ``X <- W_t (X + noise)``. The *steady consensus error* is what
+``mean_i ||x_i - mean||^2`` settles at per parameter, in units of that noise, averaged over a period. Blind pairs of a
+grid have 0.5 at 8 ranks, 0.69 at 16 and 0.89 at 64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ds_lightning.schedule import Partition, Schedule, schedule_period
+from ds_lightning.topology import Topology
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+# What Ethernet, IP and TCP add to 1,448 bytes of data: links carry frames, whose bandwidth is what people state.
+FRAMES = 1514 / 1448
+# Of a step of DDP, forward takes one part in three; it can hide nothing.
+FORWARD = 1 / 3
+# The reducer's buckets: the last one is ready only when backward ends, and nothing hides it.
+BUCKETS = 8
+# Up to here errors come from the whole covariance; beyond from so many samples of the noise.
+_EXACT_RANKS = 256
+_SAMPLES = 24
+
+
+@dataclass(frozen=True)
+class Round:
+    """A partition in arrays: the group of each rank, shape (N,), and each group's size, shape (groups,)."""
+
+    group_of: Ints
+    sizes: Ints
+
+    @classmethod
+    def of(cls, partition: Partition) -> Round:
+        """That of a partition."""
+        sizes = np.array([len(group) for group in partition])
+        group_of = np.empty(sizes.sum(), np.int64)
+        group_of[np.concatenate([np.array(group) for group in partition])] = np.repeat(np.arange(len(sizes)), sizes)
+        return cls(group_of, sizes)
+
+    def means(self, values: Floats) -> Floats:
+        """Each rank's row (N, ...) replaced by the mean of its group's."""
+        order, starts = self._sorted
+        sums = np.add.reduceat(values[order], starts, axis=0)
+        means: Floats = (sums / self.sizes.reshape(-1, *[1] * (values.ndim - 1)))[self.group_of]
+        return means
+
+    def latest(self, times: Floats) -> Floats:
+        """The largest of each group's (N,) times, shape (groups,)."""
+        order, starts = self._sorted
+        latest: Floats = np.maximum.reduceat(times[order], starts)
+        return latest
+
+    @cached_property
+    def _sorted(self) -> tuple[Ints, Ints]:
+        return np.argsort(self.group_of, kind="stable"), np.concatenate([[0], np.cumsum(self.sizes)[:-1]])
+
+
+def rounds(schedule: Schedule) -> list[Round]:
+    """One period of a schedule."""
+    return [Round.of(schedule.partition(t)) for t in range(schedule_period(schedule))]
+
+
+class Network:
+    """A topology in arrays, and what groups cost on it.
+
+    Attributes:
+        nodes: Everything that has a link to the switch above it: hosts and switches.
+        seconds_per_byte: Of each node's link, in its slower direction: groups send as much up as down.
+        above: Index of the node that has each rank below it, per level from the host up, shape (levels, N); -1 beyond
+            the top.
+    """
+
+    def __init__(self, topology: Topology) -> None:
+        self.topology = topology
+        self.nodes = tuple(topology.links)
+        number = {node: i for i, node in enumerate(self.nodes)}
+        links = [topology.links[node] for node in self.nodes]
+        self.seconds_per_byte: Floats = np.array([8e-9 * FRAMES / min(link.up, link.down) for link in links])
+        self._latency = np.array([1e-3 * link.latency for link in links])
+        self._siblings = np.array([len(topology.children[topology.above[node]]) for node in self.nodes])
+        ways = {host: [number[node] for node in topology.way_up(host)] for host in topology.hosts}
+        levels = max(map(len, ways.values()))
+        self.above: Ints = np.full((levels, topology.world_size), -1)
+        for host, way in ways.items():
+            for level, node in enumerate(way):
+                self.above[level, list(topology.ranks[host])] = node
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks N."""
+        return int(self.above.shape[1])
+
+    def traffic(self, groups: Round) -> Floats:
+        """What a step puts on each node's link per direction, in multiples of a model's bytes; shape (nodes,)."""
+        traffic = np.zeros(len(self.nodes))
+        for node, _, crossing in self._crossings(groups):
+            np.add.at(traffic, node, crossing)
+        return traffic
+
+    def seconds(self, groups: Round, size: float) -> Floats:
+        """What each group of a step takes, shape (groups,); ``size``: bytes of the model on the wire."""
+        busy = self.traffic(groups) * self.seconds_per_byte * size
+        busiest, latency = np.zeros(len(groups.sizes)), np.zeros(len(groups.sizes))
+        for node, group, _ in self._crossings(groups):
+            np.maximum.at(busiest, group, busy[node])
+            farthest = np.zeros(len(groups.sizes))
+            np.maximum.at(farthest, group, self._latency[node])
+            latency += 2 * farthest  # up and down again
+        return busiest + latency * np.where(groups.sizes > 2, 2, 1)
+
+    def _crossings(self, groups: Round) -> list[tuple[Ints, Ints, Floats]]:
+        """Per level: node, group, and models' bytes of that group that cross the node's link, per direction."""
+        found = []
+        for level in self.above:
+            ranks = np.flatnonzero(level >= 0)
+            keys, below = np.unique(level[ranks] * len(groups.sizes) + groups.group_of[ranks], return_counts=True)
+            node, group = np.divmod(keys, len(groups.sizes))
+            size = groups.sizes[group]
+            crossing = below * (size - below) * np.where(size > 2, 2 / size, 1.0)
+            parted = below < size
+            found.append((node[parted], group[parted], crossing[parted]))
+        return found
+
+    def ring_seconds(self, order: Sequence[int], size: float) -> float:
+        """Of an all-reduce along a ring of all ranks: ``2 (N - 1) / N`` models from each rank to the next."""
+        here = np.asarray(order)
+        n = len(here)
+        if n < 2:
+            return 0.0
+        traffic, latency = np.zeros(len(self.nodes)), np.zeros(n)
+        for level in self.above:
+            node, following = level[here], level[np.roll(here, -1)]
+            out = (node >= 0) & (node != following)
+            np.add.at(traffic, node[out], 1)
+            latency[out] += 2 * self._latency[node[out]]
+        busiest = float((traffic * self.seconds_per_byte).max()) * size
+        return 2 * (n - 1) / n * busiest + 2 * (n - 1) * float(latency.max())
+
+    def ordered_ranks(self) -> list[int]:
+        """The ranks along the tree: those of a host, of a rack and so on beside each other."""
+        ordered: list[int] = np.lexsort(self.above).tolist()  # the last level, nearest to the top, counts first
+        return ordered
+
+    def hierarchical_seconds(self, size: float) -> float:
+        """Of an all-reduce by levels: shards are reduced below each switch, then among switches, and gathered again.
+
+        Each level is a step of its own. A node among the c below a switch sends ``2 (c - 1) / c`` models, to which each
+        rank below it contributes its shard.
+        """
+        total = 0.0
+        for depth, level in enumerate(self.above):
+            ranks = np.flatnonzero(level >= 0)
+            node = level[ranks]
+            siblings = self._siblings[node]
+            sends = 2 * (siblings - 1) / siblings / np.bincount(node)[node]
+            busiest = 0.0
+            for lower in self.above[: depth + 1]:
+                traffic = np.bincount(lower[ranks], sends, len(self.nodes))
+                busiest = max(busiest, float((traffic * self.seconds_per_byte).max()) * size)
+            total += busiest + float((4 * (siblings - 1) * self._latency[node]).max())
+        return total
+
+
+def step_seconds(
+    network: Network, schedule: Sequence[Round], size: float, compute: float = 0.0, overlap: bool = True
+) -> float:
+    """Mean seconds per step over all ranks, once the rhythm of a schedule has settled.
+
+    Args:
+        network: Where it runs.
+        schedule: One period of it.
+        size: Bytes of the model on the wire.
+        compute: Seconds of forward and backward.
+        overlap: Whether an average runs during them.
+    """
+    takes = [network.seconds(groups, size) for groups in schedule]
+    ends = np.zeros(network.world_size)
+    settling = -(-24 // len(schedule)) * len(schedule)
+    measured = -(-48 // len(schedule)) * len(schedule)
+    start = 0.0
+    for t in range(settling + measured):
+        if t == settling:
+            start = float(ends.mean())
+        groups, seconds = schedule[t % len(schedule)], takes[t % len(schedule)]
+        if overlap:
+            ends = np.maximum(ends + compute, (groups.latest(ends) + seconds)[groups.group_of])
+        else:
+            ends = (groups.latest(ends) + seconds)[groups.group_of] + compute
+    return (float(ends.mean()) - start) / measured
+
+
+def ddp_step_seconds(wire: float, compute: float) -> float:
+    """A step of DDP whose all-reduce takes ``wire`` seconds: backward alone hides it, bucket by bucket."""
+    backward = (1 - FORWARD) * compute
+    return FORWARD * compute + max(backward + wire / BUCKETS, backward / BUCKETS + wire)
+
+
+def steady_error(schedule: Sequence[Round]) -> float:
+    """The steady consensus error of a schedule (one period of it); infinite if it never connects all ranks."""
+    if not _connects(schedule):
+        return float("inf")
+    n = len(schedule[0].group_of)
+    if n == 1:
+        return 0.0
+    return _exact_error(schedule, n) if n <= _EXACT_RANKS else _sampled_error(schedule, n)
+
+
+def _exact_error(schedule: Sequence[Round], n: int) -> float:
+    noise = np.eye(n) - 1 / n  # what all ranks share parts nobody
+    covariance, before = np.zeros((n, n)), -1.0
+    while True:
+        errors = []
+        for groups in schedule:
+            covariance = groups.means(groups.means(covariance + noise).T)
+            errors.append(float(np.trace(covariance)) / n)
+        error = float(np.mean(errors))
+        if error - before <= 1e-6 * error:
+            return error
+        before = error
+
+
+def _sampled_error(schedule: Sequence[Round], n: int) -> float:
+    noise = np.random.default_rng(0)
+    values, before, seen = np.zeros((n, _SAMPLES)), -1.0, 0
+    while True:
+        errors = []
+        for groups in schedule:
+            values = groups.means(values + noise.standard_normal(values.shape))
+            values -= values.mean(axis=0)
+            errors.append(float((values**2).mean()))
+        error, seen = float(np.mean(errors)), seen + len(schedule)
+        if error < 1.01 * before or (error == before == 0.0) or seen > 200:
+            return error
+        before = error
+
+
+def _connects(schedule: Sequence[Round]) -> bool:
+    """Whether what one rank knows reaches all others in the end."""
+    heard = np.arange(len(schedule[0].group_of), dtype=float)  # from the rank of the highest number so far
+    while True:
+        before = heard
+        for groups in schedule:
+            heard = groups.latest(heard)[groups.group_of]
+        if (heard == before).all():
+            return bool((heard == heard[0]).all())

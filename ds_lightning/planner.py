@@ -1,0 +1,339 @@
+"""WHICH schedule suits a network: groups that load no link with more than it carries in the time of a step.
+
+A plan is found by one rule, applied step by step: *those that differ most average next, as far as the links allow*.
+What the links allow is a **budget**: the seconds that a step's averages may take on any link. With a budget in which
+a trunk carries one model, one pair crosses it, and another one at the next step, because those who crossed last differ
+least. A budget below what a slow host needs leaves that host alone; every k-th step has a wider one, in which it takes
+part. Wide budgets also allow larger groups. All pairs of a narrow and a wide budget that the links suggest are tried,
+each is run through the cost model (cost.py), and the best trade of time and error is kept.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from ds_lightning.cost import Floats, Network, Round, ddp_step_seconds, rounds, steady_error, step_seconds
+from ds_lightning.schedule import CyclicSchedule, Partition, Schedule, make_schedule
+from ds_lightning.topology import Topology
+
+# A schedule may have so many times the steady consensus error of blind pairs, which cost no accuracy.
+MOST_ERROR = 2.0
+# Times that differ by less are equal: the smaller error decides between them.
+SAME_TIME = 1.03
+# Members that send to each other directly: 2 (g - 1) messages for each of them.
+LARGEST_GROUP = 8
+# A rank has a process group for each of the others it meets within a period.
+LONGEST_PERIOD = 16
+# Up to here ranks are chosen by how far they are apart (the work grows as N^2); beyond they are drawn.
+_CHOSEN_RANKS = 64
+# Lots decide between equals: up to so many ranks it is worth to draw them more than once.
+_TRIED_RANKS = 16
+_TRIES = 3
+# Up to so many ranks all budgets are tried that the links suggest, beyond the few that matter most.
+_THOROUGH_RANKS = 1024
+
+
+@dataclass(frozen=True)
+class Option:
+    """A way to synchronize, and what it costs.
+
+    Attributes:
+        name: For people.
+        seconds: Mean time of a step over all ranks.
+        error: Steady consensus error (see cost.py); 0 where all ranks always agree.
+        schedule: ``None``: all-reduces.
+    """
+
+    name: str
+    seconds: float
+    error: float
+    schedule: Schedule | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What :func:`plan` found for a topology, a size of the model and a time of compute.
+
+    Attributes:
+        topology: The network.
+        size: Bytes of the model on the wire.
+        compute: Seconds of forward and backward.
+        overlap: Whether averages run during them.
+        best: The schedule that was planned.
+        alternatives: What else there is, DDP in rank order first.
+    """
+
+    topology: Topology
+    size: float
+    compute: float
+    overlap: bool
+    best: Option
+    alternatives: tuple[Option, ...]
+
+    @property
+    def schedule(self) -> Schedule:
+        """Who averages with whom."""
+        assert self.best.schedule is not None
+        return self.best.schedule
+
+    @cached_property
+    def network(self) -> Network:
+        """The topology in arrays."""
+        return Network(self.topology)
+
+    @property
+    def ddp_is_better(self) -> bool:
+        """Whether DDP's all-reduce takes no longer, in the order that the ranks have."""
+        return self.alternatives[0].seconds <= SAME_TIME * self.best.seconds
+
+    @property
+    def verdict(self) -> str:
+        """One sentence for people."""
+        ddp, best = self.alternatives[0], self.best
+        if self.ddp_is_better:
+            return (
+                f"Plain DDP is the better choice here: its step takes {ddp.seconds:.3g} s, the best plan's"
+                f" {best.seconds:.3g} s, and its replicas never differ."
+            )
+        return f"The plan's step takes {best.seconds:.3g} s, {ddp.seconds / best.seconds:.2f} times faster than DDP's."
+
+
+def plan(topology: Topology, size: float, compute: float = 0.0, overlap: bool = True, seed: int = 0) -> Plan:
+    """The schedule with the best trade of step time and consensus error on a network.
+
+    That is the fastest one whose steady consensus error is at most :data:`MOST_ERROR` times that of blind pairs, and
+    of those as fast within 3% the one with the smallest. The same arguments give the same plan.
+
+    Args:
+        topology: The network and its ranks.
+        size: Bytes of the model on the wire: parameters and float buffers in the wire's dtype.
+        compute: Seconds of forward and backward of a step; 0 where not known: then the wire alone counts.
+        overlap: Whether averages run during them.
+        seed: Of choices among equals.
+
+    Raises:
+        ValueError: If a number is out of range.
+    """
+    for name, value, least in (("size", size, 1), ("compute", compute, 0)):
+        if not (isinstance(value, int | float) and least <= value < math.inf):
+            raise ValueError(f"{name}={value!r} is out of range. HINT: use a number of at least {least}.")
+    network = Network(topology)
+    search = _Search(network, float(size), float(compute), overlap, seed)
+    alternatives = tuple(_alternatives(search))
+    pairs = next(option for option in alternatives if option.name == BLIND_PAIRS)
+    options = [option for option in alternatives if option.schedule is not None]
+    options += search.options()
+    good = [option for option in options if option.error <= MOST_ERROR * pairs.error + 1e-9]
+    fastest = min(option.seconds for option in good)
+    best = min((o for o in good if o.seconds <= SAME_TIME * fastest), key=lambda o: (round(o.error, 6), o.seconds))
+    return Plan(topology, float(size), float(compute), overlap, best, alternatives)
+
+
+BLIND_PAIRS = "blind pairs"
+_LOCAL_STEPS = 4
+
+
+def _alternatives(search: _Search) -> Iterator[Option]:
+    network, size, compute = search.network, search.size, search.compute
+    n = network.world_size
+    in_rank_order = network.ring_seconds(range(n), size)
+    yield Option("DDP, ring in rank order", ddp_step_seconds(in_rank_order, compute), 0.0)
+    in_rack_order = network.ring_seconds(network.ordered_ranks(), size)
+    yield Option("DDP, ring in rack order", ddp_step_seconds(in_rack_order, compute), 0.0)
+    yield Option("DDP, hierarchical", ddp_step_seconds(network.hierarchical_seconds(size), compute), 0.0)
+    # Between two averages replicas take 0, 1, ... steps apart from each other.
+    apart = (_LOCAL_STEPS - 1) / 2 * (1 - 1 / n)
+    yield Option(f"local SGD, every {_LOCAL_STEPS} steps", compute + in_rank_order / _LOCAL_STEPS, apart)
+    if n > 1:
+        yield search.option(BLIND_PAIRS, make_schedule("auto", n, 2))
+        topology = network.topology
+        racks = [topology.above[host] for host in topology.host_of]
+        nodes = racks if len(set(racks)) > 1 else topology.host_of
+        yield search.option("grid along the tree", make_schedule("auto", n, "auto", nodes=nodes))
+
+
+class _Search:
+    """Schedules by budgets, and what they cost."""
+
+    def __init__(self, network: Network, size: float, compute: float, overlap: bool, seed: int) -> None:
+        self.network, self.size, self.compute, self.overlap, self.seed = network, size, compute, overlap, seed
+        self.links = network.seconds_per_byte * size  # seconds of one model on each node's link
+
+    def option(self, name: str, schedule: Schedule) -> Option:
+        """A schedule and its figures."""
+        period = rounds(schedule)
+        seconds = step_seconds(self.network, period, self.size, self.compute, self.overlap)
+        return Option(name, seconds, steady_error(period), schedule)
+
+    def options(self) -> Iterator[Option]:
+        """What budgets lead to."""
+        by_distance = self.network.world_size <= _CHOSEN_RANKS
+        seeds = range(self.seed, self.seed + (_TRIES if self.network.world_size <= _TRIED_RANKS else 1))
+        for (narrow, wide, every), seed in itertools.product(self._budgets(self.network.world_size <= _THOROUGH_RANKS), seeds):
+            chooser = _Chooser(self.network, seed)
+            allowed = [self._allowed(wide), *[self._allowed(narrow)] * (every - 1)]
+            # Those chosen by distance depend on what came before, and where the period is cut makes a difference.
+            periods = sorted({-(-length // every) * every for length in ((4, 8, 12) if by_distance else (8,))})
+            settle = -(-LONGEST_PERIOD // every) * every if by_distance else 0
+            partitions = [chooser.partition(allowed[t % every]) for t in range(settle + periods[-1])][settle:]
+            name = "planned" if every == 1 else f"planned, wider every {every} steps"
+            options = [self.option(name, CyclicSchedule(partitions[:period])) for period in periods]
+            yield min(options, key=lambda option: (option.error, option.seconds))
+
+    def _allowed(self, budget: float) -> Floats:
+        """Models that each node's link carries within a budget."""
+        return budget / self.links + 1e-9
+
+    def _budgets(self, thoroughly: bool) -> list[tuple[float, float, int]]:
+        """A narrow budget, a wide one, and every how many steps it is that."""
+        hosts = self.links[np.unique(self.network.above[0])]
+        base = sorted({_rounded_up(seconds) for seconds in self.links if seconds >= hosts.min() / 1.05})
+        kinds = 4 if thoroughly else 2
+        if len(base) > kinds:  # measured links are all different
+            base = [base[round(i * (len(base) - 1) / (kinds - 1))] for i in range(kinds)]
+        factors = (1.0, 1.5, 2.0) if thoroughly else (1.0, 2.0)  # of pairs, groups of 4, groups of any size
+        narrow = sorted({b * factor for b in base for factor in factors})
+        wide = narrow
+        if self.overlap and self.compute > narrow[0]:
+            narrow = sorted({self.compute, *(b for b in narrow if b > self.compute)})  # less would save no time
+        found = [(budget, budget, 1) for budget in narrow]
+        for budget, wider, every in itertools.product((0.0, *narrow), wide, (2, 3, 4, 6, 8) if thoroughly else (2, 4)):
+            if wider > 1.05 * budget:
+                found.append((budget, wider, every))
+        return found
+
+
+def _rounded_up(seconds: float) -> float:
+    """To a few digits per power of ten, 5% apart: links that nearly agree are one kind."""
+    return float(1.05 ** math.ceil(round(math.log(seconds, 1.05), 6)))
+
+
+class _Chooser:
+    """Partitions, one after the other, that keep within what links carry."""
+
+    def __init__(self, network: Network, seed: int) -> None:
+        n = network.world_size
+        self.by_distance = n <= _CHOSEN_RANKS
+        self._random = random.Random(seed)
+        ways = [[int(node) for node in network.above[:, rank] if node >= 0] for rank in range(n)]
+        self._alone = [_Group([rank], dict.fromkeys(way, 1)) for rank, way in enumerate(ways)]
+        self._covariance: Floats = np.zeros((n, n) if self.by_distance else (0, 0))
+        self._offered = [0] * n
+        self._topology = network.topology
+        self._number = {node: i for i, node in enumerate(network.nodes)}
+
+    def partition(self, allowed: Floats) -> Partition:
+        """The next one; ``allowed``: models per direction on each node's link."""
+        groups = _Groups(self._alone, allowed.tolist())
+        if not self.by_distance:
+            self._draw(groups, allowed.tolist())
+            return groups.partition()
+        self._covariance += np.eye(len(self._alone))
+        for one, other in self._farthest_first():
+            groups.merge(one, other)
+        averaged = Round.of(groups.partition())
+        self._covariance = averaged.means(averaged.means(self._covariance).T)
+        return groups.partition()
+
+    def _farthest_first(self) -> list[tuple[int, int]]:
+        one, other = np.triu_indices(len(self._alone), 1)
+        own = np.diag(self._covariance)
+        # Rounded, because sums that should be equal differ in the last digits, and then by lot.
+        apart = np.round(own[one] + own[other] - 2 * self._covariance[one, other], 6)
+        lots = [self._random.random() for _ in range(len(one))]
+        order = np.lexsort((lots, -apart))
+        return list(zip(one[order].tolist(), other[order].tolist(), strict=True))
+
+    def _draw(self, groups: _Groups, allowed: list[float]) -> None:
+        """From the top down: each child of a switch offers what its link carries, at most half of its ranks.
+
+        Those come first that were offered least often; what is left over stays for the switches below.
+        """
+        for switch, children in self._below.items():
+            offered: list[tuple[int, str]] = []
+            for child, ranks in children.items():
+                free = [rank for rank in ranks if groups.is_alone(rank)]
+                carries = int(allowed[self._number[child]]) if child in self._number else 1
+                free.sort(key=lambda rank: (self._offered[rank], self._random.random()))
+                offered += [(rank, child) for rank in free[: min(carries, max(1, len(free) // 2))]]
+            self._random.shuffle(offered)
+            for (one, child), (other, others) in itertools.pairwise(offered):
+                if child != others and groups.merge(one, other) and switch not in self._topology.ranks:
+                    self._offered[one] += 1
+                    self._offered[other] += 1
+
+    @cached_property
+    def _below(self) -> dict[str, dict[str, list[int]]]:
+        """From the top down: each switch, its children, and the ranks below them; a rank is a child of its host."""
+        topology = self._topology
+        below: dict[str, list[int]] = {}
+        levels = [[topology.top]]
+        while children := [c for node in levels[-1] for c in topology.children.get(node, ())]:
+            levels.append(children)
+        found: dict[str, dict[str, list[int]]] = {}
+        for level in reversed(levels):
+            for node in level:
+                if node in topology.ranks:
+                    parts = {f"{node}/{rank}": [rank] for rank in topology.ranks[node]}
+                else:
+                    parts = {child: below[child] for child in topology.children[node]}
+                below[node] = [rank for ranks in parts.values() for rank in ranks]
+                if len(parts) > 1:
+                    found[node] = parts
+        return dict(reversed(found.items()))
+
+
+class _Group:
+    """Members, and how many of them are below each node."""
+
+    def __init__(self, members: list[int], below: dict[int, int]) -> None:
+        self.members, self.below = members, below
+        self.share = 2 / len(members) if len(members) > 2 else 1.0
+
+    def traffic(self, node: int) -> float:
+        """Models on the node's link per direction, as in cost.py."""
+        k = self.below.get(node, 0)
+        return k * (len(self.members) - k) * self.share
+
+
+class _Groups:
+    """Groups that grow as long as no link carries more than it is allowed to."""
+
+    def __init__(self, alone: Sequence[_Group], allowed: Sequence[float]) -> None:
+        self._allowed, self._traffic = allowed, [0.0] * len(allowed)
+        self._of = [*alone]
+
+    def merge(self, one: int, other: int) -> bool:
+        """Make the groups of two ranks one, if the links allow it."""
+        mine, theirs = self._of[one], self._of[other]
+        if mine is theirs or len(mine.members) + len(theirs.members) > LARGEST_GROUP:
+            return False
+        both = _Group(mine.members + theirs.members, dict(mine.below))
+        for node, k in theirs.below.items():
+            both.below[node] = both.below.get(node, 0) + k
+        traffic = {}
+        for node in both.below:
+            before = mine.traffic(node) + theirs.traffic(node)
+            traffic[node] = self._traffic[node] - before + both.traffic(node)
+            if traffic[node] > max(self._allowed[node], self._traffic[node]):
+                return False
+        for node, models in traffic.items():
+            self._traffic[node] = models
+        for rank in both.members:
+            self._of[rank] = both
+        return True
+
+    def is_alone(self, rank: int) -> bool:
+        """Whether nothing was merged with a rank yet."""
+        return len(self._of[rank].members) == 1
+
+    def partition(self) -> Partition:
+        """All groups, in the order of their first ranks."""
+        return tuple(sorted({tuple(sorted(group.members)) for group in self._of}))
