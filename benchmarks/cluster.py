@@ -1,7 +1,8 @@
 """N hosts on one machine: `python -m benchmarks.cluster --hosts 4 --rate 100 -- python train.py`.
 
-Each host is a network namespace; a veth pair joins it to the switch (a bridge) of its rack, and a trunk joins the two
-racks. `tc` shapes links in both directions. The machine's own namespace is left alone: the switches have their own.
+Each host is a network namespace; a veth pair joins it to the switch (a bridge) of its rack, and a trunk joins two
+racks, or each of more to a core switch. `tc` shapes links in both directions. The machine's own namespace is left
+alone: the switches have their own.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -47,18 +49,22 @@ class Setting:
 
     Attributes:
         summary: One line for people.
-        oversubscription: What the hosts of a rack send together, over what the trunk carries; None: not shaped.
-        interleaved: Ranks alternate between the racks; otherwise the first half is in the first rack.
-        slow: Share of the rate that the last rank's link has.
+        racks: How many; a trunk joins two directly, and each of more to a core switch.
+        oversubscription: What the hosts of a rack send together, over what its trunk carries; None: not shaped.
+        interleaved: Ranks alternate between the racks; otherwise the first are in the first rack.
+        slow: Share of the rate that stragglers' links have.
+        stragglers: How many: the last host of the last rack, the last of the rack before it, and so on.
         contended: Whether links change their speed while they are used.
         delay: Milliseconds that a host's link adds in each direction.
         shaped: False: no hosts at all, all ranks on the loopback interface of one namespace.
     """
 
     summary: str
+    racks: int = 2
     oversubscription: float | None = None
     interleaved: bool = False
     slow: float = 1.0
+    stragglers: int = 1
     contended: bool = False
     delay: float = 0.0
     shaped: bool = True
@@ -70,7 +76,9 @@ SETTINGS = {
     "oversubscribed-interleaved": Setting(
         "trunk 4:1, ranks alternate between racks", oversubscription=4, interleaved=True
     ),
+    "four-racks": Setting("four racks, trunks 10:1, ranks ordered by rack", racks=4, oversubscription=10),
     "straggler": Setting("the last host's link at a quarter of the rate", slow=0.25),
+    "stragglers": Setting("one host's link in each rack at a quarter of the rate", slow=0.25, stragglers=2),
     "contended": Setting("every link's rate walks randomly between a quarter and the whole", contended=True),
     "high-latency": Setting("10 ms more in each direction", delay=10),
     "loopback": Setting("no shaping: all ranks on one loopback interface", shaped=False),
@@ -151,31 +159,56 @@ class Cluster:
         hosts: Number of hosts, one rank each.
         rate: Of a host's link, in Mbit/s, each direction.
         setting: What is special about the links.
-        trunk: Rate of the link between the racks, in Mbit/s, in the place of the setting's.
+        trunk: Rate of each link between racks, in Mbit/s, in the place of the setting's.
     """
 
     _numbers = itertools.count()
 
     def __init__(self, hosts: int, rate: float, setting: Setting, trunk: float | None = None) -> None:
-        if not 2 <= hosts <= MAX_HOSTS:
-            raise ValueError(f"hosts is {hosts}, but a cluster has 2 to {MAX_HOSTS}")
+        least = max(2, setting.racks)
+        if not least <= hosts <= MAX_HOSTS:
+            raise ValueError(f"hosts is {hosts}, but a cluster of {setting.racks} racks has {least} to {MAX_HOSTS}")
         for name, value in {"rate": rate, "trunk": trunk}.items():
             if value is not None and not 0.1 <= value <= 100_000:
                 raise ValueError(f"{name} is {value}, but must be 0.1 to 100,000 Mbit/s")
         self.hosts, self.rate, self.setting = hosts, rate, setting
         self.interface = "eth0" if setting.shaped else "lo"
-        self.rates = [rate] * (hosts - 1) + [rate * setting.slow]
+        last_first = [reversed(ranks) for ranks in reversed(self._ranks_by_rack())]
+        order = [rank for row in itertools.zip_longest(*last_first) for rank in row if rank is not None]
+        slow = order[: setting.stragglers]
+        self.rates = [rate * setting.slow if rank in slow else rate for rank in range(hosts)]
         self.trunk = trunk
         if trunk is None and setting.oversubscription is not None:
-            self.trunk = hosts / 2 * rate / setting.oversubscription
+            self.trunk = hosts / setting.racks * rate / setting.oversubscription
         self.name = f"{PREFIX}-{os.getpid()}-{next(self._numbers)}"
-        self.racks = [f"{self.name}-rack{i}" for i in range(2)] if setting.shaped else []
+        self.racks = [f"{self.name}-rack{i}" for i in range(setting.racks)] if setting.shaped else []
         own = [f"{self.name}-host{rank}" for rank in range(hosts)]
         self.namespaces = own if setting.shaped else [f"{self.name}-all"] * hosts  # of each rank
 
     def rack_of(self, rank: int) -> int:
         """The rack that a rank's host stands in."""
-        return rank % 2 if self.setting.interleaved else 2 * rank // self.hosts
+        racks = self.setting.racks
+        return rank % racks if self.setting.interleaved else racks * rank // self.hosts
+
+    def _ranks_by_rack(self) -> list[list[int]]:
+        racks = range(self.setting.racks)
+        return [[rank for rank in range(self.hosts) if self.rack_of(rank) == rack] for rack in racks]
+
+    def description(self) -> str:
+        """The cluster for a planner, as YAML: bandwidths in Gbit/s, the latency that a host's link adds in ms.
+
+        Racks are below one core, also where a trunk joins two directly, and a trunk that is not shaped carries what
+        its rack's hosts can send.
+        """
+        if not self.setting.shaped:
+            raise ValueError("ranks on the loopback interface have no links to describe")
+        switches, hosts = ["  core: {}"], []
+        for rack, ranks in enumerate(self._ranks_by_rack()):
+            trunk = sum(self.rates[rank] for rank in ranks) if self.trunk is None else self.trunk
+            switches.append(f"  rack{rack}: {{to: core, bandwidth: {trunk / 1000:g}}}")
+        for rank, rate in enumerate(self.rates):
+            hosts.append(f"  host{rank}: {{to: rack{self.rack_of(rank)}, bandwidth: {rate / 1000:g}, ranks: [{rank}]}}")
+        return "\n".join([f"latency: {self.setting.delay:g}", "switches:", *switches, "hosts:", *hosts, ""])
 
     # ---- up and down ------------------------------------------------------------------------------------------------
 
@@ -195,14 +228,15 @@ class Cluster:
         self._down()
 
     def _up(self) -> None:
-        names = [*self.racks, *dict.fromkeys(self.namespaces)]
+        switches = [*self.racks, f"{self.name}-core"] if len(self.racks) > 2 else self.racks
+        names = [*switches, *dict.fromkeys(self.namespaces)]
         _batch(["ip"], [f"netns add {name}" for name in names])
         for name in names:
             _command("ip", "-n", name, "link", "set", "lo", "up")
         if not self.setting.shaped:
             return
-        for rack in self.racks:
-            _batch(["ip", "-n", rack], ["link add switch type bridge", "link set switch up"])
+        for switch in switches:
+            _batch(["ip", "-n", switch], ["link add switch type bridge", "link set switch up"])
         for rank, host in enumerate(self.namespaces):
             rack = self.racks[self.rack_of(rank)]
             _command(*f"ip link add eth0 netns {host} type veth peer name port{rank} netns {rack}".split())
@@ -216,11 +250,14 @@ class Cluster:
                     f"route change 10.0.0.0/24 dev eth0 src {self.address(rank)} congctl cubic",
                 ],
             )
-        _command(*f"ip link add trunk netns {self.racks[0]} type veth peer name trunk netns {self.racks[1]}".split())
-        for rack in self.racks:
-            _batch(["ip", "-n", rack], _plug("trunk"))
-            if self.trunk is not None:
-                _batch(["tc", "-n", rack], [self._shape("trunk", self.trunk)])
+        *below, core = switches  # of two racks the second is the first one's core
+        for i, rack in enumerate(below):
+            port = f"trunk{i or ''}"
+            _command(*f"ip link add trunk netns {rack} type veth peer name {port} netns {core}".split())
+            for switch, device in ((rack, "trunk"), (core, port)):
+                _batch(["ip", "-n", switch], _plug(device))
+                if self.trunk is not None:
+                    _batch(["tc", "-n", switch], [self._shape(device, self.trunk)])
         self._shape_hosts(self.rates)
         if self.setting.delay:
             for host, rack, port in self._cables():
@@ -454,7 +491,10 @@ def _echo(rank: int, process: subprocess.Popen[str]) -> None:
 
 
 def _enter(namespace: str) -> None:
-    """Moves this process into a namespace and a session of its own (os.setns is there from Python 3.12 on only)."""
+    """Moves this process into a namespace and a session of its own, and gives it the host's name.
+
+    (os.setns and os.unshare are there from Python 3.12 on only.)
+    """
     if os.getpid() != os.getsid(0):
         os.setsid()  # Ctrl-C is for the owner, who then ends all
     libc = ctypes.CDLL(None, use_errno=True)
@@ -462,6 +502,12 @@ def _enter(namespace: str) -> None:
         new_network = 0x40000000
         if libc.setns(file.fileno(), new_network):
             raise OSError(ctypes.get_errno(), f"cannot enter the network namespace {namespace}")
+    host = namespace.rpartition("-")[2]
+    if host.startswith("host"):  # ranks on the loopback share the machine's name
+        new_host_name = 0x04000000
+        if libc.unshare(new_host_name):
+            raise OSError(ctypes.get_errno(), f"cannot give {namespace} a host name")
+        socket.sethostname(host)
     death_signal = 1
     libc.prctl(death_signal, signal.SIGKILL)  # also where the owner gets no chance to clean up
 
@@ -552,7 +598,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--hosts", type=int, default=4, help="number of hosts (default: %(default)s)")
     parser.add_argument("--rate", type=float, default=100, help="of a host's link, in Mbit/s (default: %(default)s)")
     parser.add_argument(
-        "--trunk", type=float, help="rate of the link between racks, in Mbit/s (default: the setting's)"
+        "--trunk", type=float, help="rate of each link between racks, in Mbit/s (default: the setting's)"
     )
     parser.add_argument("--setting", choices=SETTINGS, default="homogeneous", help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of contended links (default: %(default)s)")

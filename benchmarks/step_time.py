@@ -37,6 +37,8 @@ from benchmarks.report import Run
 BALANCED = "balanced"  # a case of the homogeneous setting: compute takes as long as the wire
 WIRE = "wire alone"  # and without any
 CASES = (*SETTINGS, BALANCED)
+ON_DEMAND = ("four-racks", "stragglers")  # by --settings only
+DEFAULT_CASES = tuple(case for case in CASES if case not in ON_DEMAND)
 ARMS = (
     *PEERS,
     *("dssync", "dssync-bf16", "dssync-int8", "dssync-g4", "dssync-g8", "dssync-g4-bf16", "dssync-g4-int8"),
@@ -52,7 +54,7 @@ SHORT = {
     "compute": 0.02,
     "steps": 12,
     "repetitions": 1,
-    "settings": list(CASES),
+    "settings": list(DEFAULT_CASES),
     "arms": ["ddp", "ddp-bf16", "ddp-powersgd", "post-local-sgd", "dssync", "dssync-bf16", "dssync-int8"],
 }
 
@@ -215,19 +217,19 @@ def parse(argv: list[str]) -> argparse.Namespace:
         epilog=f"Arms: {', '.join(PEERS)}; dssync[-blocking][-gSIZE][-everySTEPS][-bf16|-fp16|-int8].",
     )
     parser.add_argument(
-        "--short", action="store_true", help="all settings in under 10 minutes; other options refine it"
+        "--short", action="store_true", help="the default settings in under 10 minutes; other options refine it"
     )
     parser.add_argument(
         "--settings",
         nargs="+",
         metavar="SETTING",
-        help=f"of {', '.join(CASES)} (default: all); {BALANCED}: the wire "
+        help=f"of {', '.join(CASES)} (default: all but {' and '.join(ON_DEMAND)}); {BALANCED}: the wire "
         "alone, then with compute that takes as long, which shows what is hidden",
     )
     parser.add_argument("--arms", nargs="+", metavar="ARM", help="(default: all that the number of hosts allows)")
     parser.add_argument("--hosts", type=int, default=8, help="one worker each (default: %(default)s)")
     parser.add_argument("--rate", type=float, default=100, help="of a link, in Mbit/s (default: %(default)s)")
-    parser.add_argument("--trunk", type=float, help="of the link between racks, in Mbit/s (default: the setting's)")
+    parser.add_argument("--trunk", type=float, help="of each link between racks, in Mbit/s (default: the setting's)")
     parser.add_argument("--model", choices=("paced", "conv"), help="(default: conv on the loopback, paced elsewhere)")
     parser.add_argument("--parameters-mb", type=float, default=13, help="of the paced model (default: %(default)s)")
     parser.add_argument(
@@ -271,7 +273,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} is {value}, but must be positive")
     if not (args.compute >= 0 and math.isfinite(args.compute)):
         parser.error(f"--compute is {args.compute}, but must be 0 or more seconds")
-    args.settings = list(dict.fromkeys(args.settings or CASES))
+    args.settings = list(dict.fromkeys(args.settings or DEFAULT_CASES))
     for name in args.settings:
         if name not in CASES:
             parser.error(f"--settings has {name!r}. HINT: {', '.join(CASES)}")
@@ -279,6 +281,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
         if args.arms is None:
             args.arms = [arm for arm in ARMS if not (arm.startswith("dssync-g") and int(arm[8]) > args.hosts)]
         args.arms = list(dict.fromkeys(check_arm(arm, args.hosts) for arm in args.arms))
+        for name in args.settings:
+            if name in SETTINGS:
+                Cluster(args.hosts, args.rate, SETTINGS[name], args.trunk)
         check_machine()
     except (ValueError, ClusterError) as error:
         parser.error(str(error))

@@ -21,12 +21,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import yaml
 
 from benchmarks import cluster, report, startup, step_time
 from benchmarks.arms import dssync_options
-from benchmarks.cluster import SETTINGS, Cluster, ClusterError, RankError, check_machine, random_walk
+from benchmarks.cluster import SETTINGS, Cluster, ClusterError, RankError, Setting, check_machine, random_walk
 from benchmarks.report import Run
-from ds_lightning.groups import connect, connecting_later
+from ds_lightning.groups import connect, connecting_later, gather_hosts
 
 try:
     check_machine()
@@ -81,6 +82,52 @@ def test_settings_say_who_stands_where_and_how_fast():
     assert [interleaved.rack_of(rank) for rank in range(8)] == [0, 1] * 4
     assert Cluster(4, 100, SETTINGS["straggler"]).rates == [100, 100, 100, 25]
     assert len({ordered.name, interleaved.name}) == 2
+    four = Cluster(16, 100, SETTINGS["four-racks"])
+    assert [four.rack_of(rank) for rank in range(16)] == sorted([0, 1, 2, 3] * 4)
+    assert four.trunk == 40
+    interleaved = Cluster(5, 100, Setting("", racks=3, oversubscription=5, interleaved=True))
+    assert [interleaved.rack_of(rank) for rank in range(5)] == [0, 1, 2, 0, 1]
+    assert interleaved.trunk == pytest.approx(100 / 3)
+
+
+@pytest.mark.parametrize(
+    ("hosts", "setting", "slow"),
+    [
+        (8, SETTINGS["stragglers"], {3, 7}),
+        (8, Setting("", slow=0.25, stragglers=2, interleaved=True), {6, 7}),
+        (5, Setting("", slow=0.25, interleaved=True), {3}),
+        (16, Setting("", racks=4, slow=0.25, stragglers=2), {11, 15}),
+        (3, Setting("", slow=0.25, stragglers=3), {0, 1, 2}),
+        (5, Setting("", slow=0.25, stragglers=3), {2, 3, 4}),  # 0 to 2 are in the first rack
+    ],
+)
+def test_stragglers_stand_in_different_racks_as_long_as_there_are_some(hosts, setting, slow):
+    assert Cluster(hosts, 100, setting).rates == [25 if rank in slow else 100 for rank in range(hosts)]
+
+
+def test_a_cluster_is_described_for_a_planner():
+    four = yaml.safe_load(Cluster(8, 100, SETTINGS["four-racks"]).description())
+    assert four["latency"] == 0
+    assert four["switches"] == {"core": {}, **{f"rack{i}": {"to": "core", "bandwidth": 0.02} for i in range(4)}}
+    assert list(four["hosts"]) == [f"host{rank}" for rank in range(8)]
+    assert four["hosts"]["host5"] == {"to": "rack2", "bandwidth": 0.1, "ranks": [5]}
+    slow = yaml.safe_load(Cluster(6, 100, SETTINGS["straggler"]).description())
+    assert [slow["switches"][f"rack{i}"]["bandwidth"] for i in range(2)] == [0.3, 0.225]
+    assert slow["hosts"]["host5"] == {"to": "rack1", "bandwidth": 0.025, "ranks": [5]}
+    direct = yaml.safe_load(Cluster(4, 100, SETTINGS["oversubscribed-interleaved"]).description())
+    assert [direct["switches"][f"rack{i}"]["bandwidth"] for i in range(2)] == [0.05, 0.05]
+    assert [host["to"] for host in direct["hosts"].values()] == ["rack0", "rack1"] * 2
+    assert yaml.safe_load(Cluster(4, 100, SETTINGS["high-latency"]).description())["latency"] == 10
+    with pytest.raises(ValueError, match="no links to describe"):
+        Cluster(2, 100, SETTINGS["loopback"]).description()
+
+
+def test_settings_beyond_the_default_run_only_where_they_are_named(monkeypatch):
+    monkeypatch.setattr(step_time, "check_machine", lambda *_: None)
+    default = "homogeneous oversubscribed oversubscribed-interleaved straggler contended high-latency loopback balanced"
+    assert step_time.parse([]).settings == step_time.parse(["--short"]).settings == default.split()
+    named = ["four-racks", "stragglers"]
+    assert step_time.parse(["--short", "--settings", *named]).settings == named
 
 
 @pytest.mark.parametrize(
@@ -90,6 +137,7 @@ def test_settings_say_who_stands_where_and_how_fast():
         (["--rate", "-5"], "--rate is -5.0, but must be positive"),
         (["--parameters-mb", "nan"], "--parameters-mb is nan, but must be positive"),
         (["--compute", "-1"], "--compute is -1.0, but must be 0 or more"),
+        (["--settings", "four-racks", "--hosts", "3"], "hosts is 3, but a cluster of 4 racks has 4 to 64"),
         (["--settings", "fast"], "--settings has 'fast'. HINT: homogeneous,"),
         (["--arms", "bsp"], "'bsp' is no arm. HINT: ddp,"),
         (["--arms", "dssync-g8", "--hosts", "4"], "groups of 8, but with 4 hosts they are of 2 to 4"),
@@ -201,6 +249,53 @@ def test_every_host_knows_its_rank_and_reaches_the_others_and_all_is_gone_afterw
     for rank, result in enumerate(results):
         assert result == (str(rank), "4", sorted(str(r) for r in range(4) if r != rank))
     assert not namespaces_of(os.getpid())
+
+
+def shown_rate(namespace: str, device: str) -> str:
+    shown = subprocess.run(
+        ["tc", "-n", namespace, "qdisc", "show", "dev", device], capture_output=True, text=True, check=True
+    )
+    return shown.stdout.split("rate ")[1].split()[0]
+
+
+@needs_cluster
+@pytest.mark.slow
+def test_racks_beyond_two_meet_at_a_core_by_shaped_trunks():
+    setting = Setting("", racks=3, oversubscription=4, slow=0.25, stragglers=2)
+    with Cluster(6, 100, setting) as c:
+        assert f"{c.name}-core" in namespaces_of(os.getpid())
+        results = c.call(reach, 6, c.interface, timeout=30)
+        for rank in range(6):
+            rate = "25Mbit" if rank in (3, 5) else "100Mbit"
+            assert shown_rate(f"{c.name}-host{rank}", "eth0") == rate
+            assert shown_rate(f"{c.name}-rack{rank // 2}", f"port{rank}") == rate
+        for i, port in enumerate(["trunk", "trunk1", "trunk2"]):
+            assert shown_rate(f"{c.name}-rack{i}", "trunk") == shown_rate(f"{c.name}-core", port) == "50Mbit"
+    for rank, result in enumerate(results):
+        assert result == (str(rank), "6", sorted(str(r) for r in range(6) if r != rank))
+    assert not namespaces_of(os.getpid())
+
+
+def names(rank: int) -> tuple[str, float, list[str]]:
+    """This host's name, a sum over all ranks by gloo, and the hosts as the strategy sees them."""
+    dist.init_process_group("gloo", timeout=timedelta(seconds=20))
+    x = torch.tensor([2.0**rank])
+    dist.all_reduce(x)
+    return socket.gethostname(), x.item(), gather_hosts()
+
+
+@needs_cluster
+@pytest.mark.slow
+def test_every_host_has_a_name_of_its_own():
+    mine = socket.gethostname()
+    with homogeneous(3) as c:
+        results = c.call(names, timeout=30)
+    assert results == [(f"host{rank}", 7, ["host0", "host1", "host2"]) for rank in range(3)]
+    with Cluster(2, 100, SETTINGS["loopback"]) as c:
+        assert [name for name, *_ in c.call(names, timeout=30)] == [mine] * 2
+    assert socket.gethostname() == mine
+    output, _ = cli("--", "uname", "-n").communicate(timeout=60)
+    assert sorted(output.splitlines()) == ["[0] host0", "[1] host1"]
 
 
 def fail_or_sleep(rank: int) -> None:

@@ -1,11 +1,9 @@
 """The link of a random host is cut, comes back, or turns slow at a random moment of a real fit on emulated hosts."""
 
-import ctypes
 import itertools
 import os
 import random
 import re
-import socket
 import threading
 import time
 import warnings
@@ -59,9 +57,6 @@ class Began(pl.Callback):
 
 def fit(rank, folder, seed, timeout, epochs):
     """What an error said, when the fit ended, the values of the model, and the seconds that each batch took."""
-    new_uts_namespace = 0x04000000
-    assert ctypes.CDLL(None).unshare(new_uts_namespace) == 0
-    socket.sethostname(f"host{rank}")
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     pauses = random.Random(seed).choices([0, 0.01, 0.03], k=HOSTS)
