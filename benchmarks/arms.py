@@ -28,6 +28,7 @@ from typing_extensions import override
 
 from benchmarks.cluster import sent_by
 from ds_lightning import DSSyncStrategy
+from ds_lightning.topology import Topology
 
 COMPUTE = "compute"  # the arm that trains without any communication
 PEERS = ("ddp", "ddp-default", "ddp-bf16", "ddp-powersgd", "post-local-sgd")
@@ -50,6 +51,7 @@ class Job:
         steps: Measured steps.
         interface: Whose counter tells the bytes sent.
         trace: File for a trace of some measured steps (its rank is appended), or None.
+        topology: The description of the cluster, for plans; None where it has none.
     """
 
     arm: str
@@ -60,6 +62,7 @@ class Job:
     steps: int
     interface: str
     trace: str | None = None
+    topology: str | None = None
 
 
 @dataclass(frozen=True)
@@ -209,15 +212,17 @@ def dssync_options(arm: str) -> dict[str, Any]:
     >>> dssync_options("dssync-g4-int8")
     {'group_size': 4, 'wire_dtype': 'int8'}
     """
-    matched = re.fullmatch(r"dssync(-blocking)?(-g(\d+))?(-every(\d+))?(-(bf16|fp16|int8))?", arm)
+    matched = re.fullmatch(r"dssync(-blocking)?(-g(\d+)|-topology)?(-every(\d+))?(-(bf16|fp16|int8))?", arm)
     if matched is None:
         raise ValueError(
-            f"{arm!r} is no arm. HINT: {', '.join(PEERS)} or dssync[-blocking][-gSIZE][-everySTEPS][-bf16|-fp16|-int8],"
-            " for instance dssync-g4-int8."
+            f"{arm!r} is no arm. HINT: {', '.join(PEERS)} or dssync[-blocking][-gSIZE|-topology][-everySTEPS]"
+            "[-bf16|-fp16|-int8], for instance dssync-g4-int8."
         )
     options: dict[str, Any] = {"overlap": False} if matched[1] else {}
     if matched[3]:
         options["group_size"] = int(matched[3])
+    elif matched[2]:
+        options["schedule"] = "topology"
     if matched[5]:
         options["sync_every"] = int(matched[5])
     if matched[7]:
@@ -235,13 +240,17 @@ def check_arm(arm: str, hosts: int) -> str:
     return arm
 
 
-def make_strategy(arm: str, parameter_bytes: int, timeout: float) -> Strategy:
-    """The strategy of an arm; its collectives wait `timeout` seconds."""
+def make_strategy(arm: str, parameter_bytes: int, timeout: float, topology: str | None = None) -> Strategy:
+    """The strategy of an arm; its collectives wait `timeout` seconds, and plans are for `topology`."""
     limit = timedelta(seconds=timeout)
     if arm == COMPUTE:
         return SingleDeviceStrategy(torch.device("cpu"))
     if arm not in PEERS:
-        return DSSyncStrategy(timeout=limit, process_group_backend="gloo", **dssync_options(arm))
+        options = dssync_options(arm)
+        if options.get("schedule") == "topology":
+            assert topology is not None
+            options["topology"] = Topology.parse(topology)
+        return DSSyncStrategy(timeout=limit, process_group_backend="gloo", **options)
     if arm == "ddp-default":
         return DDPStrategy(timeout=limit, process_group_backend="gloo")
     # Tuned: with the default of 25 MiB small models fit one bucket, and nothing overlaps backward.
@@ -318,7 +327,7 @@ def measure(rank: int, job: Job, world_size: int, timeout: float) -> Measurement
         accelerator="cpu",
         devices=1,
         num_nodes=1 if job.arm == COMPUTE else world_size,
-        strategy=make_strategy(job.arm, module.parameter_bytes, timeout),
+        strategy=make_strategy(job.arm, module.parameter_bytes, timeout, job.topology),
         max_epochs=1,
         callbacks=[meter],
         use_distributed_sampler=False,

@@ -207,8 +207,9 @@ class Cluster:
             trunk = sum(self.rates[rank] for rank in ranks) if self.trunk is None else self.trunk
             switches.append(f"  rack{rack}: {{to: core, bandwidth: {trunk / 1000:g}}}")
         for rank, rate in enumerate(self.rates):
-            hosts.append(f"  host{rank}: {{to: rack{self.rack_of(rank)}, bandwidth: {rate / 1000:g}, ranks: [{rank}]}}")
-        return "\n".join([f"latency: {self.setting.delay:g}", "switches:", *switches, "hosts:", *hosts, ""])
+            link = f"to: rack{self.rack_of(rank)}, bandwidth: {rate / 1000:g}, latency: {self.setting.delay:g}"
+            hosts.append(f"  host{rank}: {{{link}, ranks: [{rank}]}}")
+        return "\n".join(["switches:", *switches, "hosts:", *hosts, ""])
 
     # ---- up and down ------------------------------------------------------------------------------------------------
 

@@ -126,7 +126,16 @@ def run_case(case: Case, arms: list[str], args: argparse.Namespace) -> list[Run]
     print(f"\n{case.title}", flush=True)
     runs = []
     with Cluster(args.hosts, args.rate, SETTINGS[case.setting], args.trunk) as cluster:
-        job = Job("", case.model, args.parameters_mb, case.compute, WARMUP, args.steps, cluster.interface)
+        job = Job(
+            "",
+            case.model,
+            args.parameters_mb,
+            case.compute,
+            WARMUP,
+            args.steps,
+            cluster.interface,
+            topology=cluster.description() if SETTINGS[case.setting].shaped else None,
+        )
         for repetition in range(args.repetitions):
             for arm in arms if case.name == WIRE else [COMPUTE, *arms]:
                 run = run_arm(cluster, case, replace(job, arm=arm), repetition, args.timeout)
@@ -214,7 +223,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.step_time",
         description="Compares ways to synchronize by step time and bytes on hosts emulated on this machine (root).",
-        epilog=f"Arms: {', '.join(PEERS)}; dssync[-blocking][-gSIZE][-everySTEPS][-bf16|-fp16|-int8].",
+        epilog=f"Arms: {', '.join(PEERS)}; dssync[-blocking][-gSIZE|-topology][-everySTEPS][-bf16|-fp16|-int8].",
     )
     parser.add_argument(
         "--short", action="store_true", help="the default settings in under 10 minutes; other options refine it"

@@ -6,6 +6,7 @@ import inspect
 import multiprocessing
 from datetime import timedelta
 from difflib import get_close_matches
+from os import PathLike
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.nn.parallel import DistributedDataParallel
 
 from ds_lightning.schedule import as_int
+from ds_lightning.topology import Topology
 
 # What DDPStrategy takes to change how gradients travel, which is what DSSyncStrategy replaces.
 _REPLACED = ("ddp_comm_hook", "ddp_comm_state", "ddp_comm_wrapper", "model_averaging_period")
@@ -47,6 +49,33 @@ def check_ddp_kwargs(ddp_kwargs: dict[str, Any], own: set[str]) -> None:
             f"{unknown[0]}={ddp_kwargs[unknown[0]]!r} is no option of DSSyncStrategy or DDPStrategy. HINT: "
             + (f"did you mean {close[0]!r}?" if close else f"its own options are {', '.join(sorted(own))}.")
         )
+
+
+def check_topology(topology: Any, schedule: Any) -> Topology | None:
+    """The description that ``topology`` is or names, or a ``ValueError``; warns where nothing uses it."""
+    wanted = isinstance(schedule, str) and schedule == "topology"
+    if topology is None:
+        if wanted:
+            raise ValueError(
+                "schedule='topology' needs a description of the network, but topology=None. HINT: pass the path of a"
+                " YAML file, or a Topology such as Topology.flat(hosts, bandwidth=25)."
+            )
+        return None
+    if not wanted:
+        rank_zero_warn(f"dssync: topology={topology!r:.60} has no effect with schedule={schedule!r}.")
+    if isinstance(topology, Topology):
+        return topology
+    if not isinstance(topology, str | PathLike):
+        raise ValueError(f"topology={topology!r} is no path and no Topology. HINT: pass the path of a YAML file.")
+    if topology == "probe":
+        raise ValueError(
+            "topology='probe' is not implemented yet: measuring the network is to come. HINT: describe it in a YAML"
+            " file, and pass its path."
+        )
+    try:
+        return Topology.from_yaml(str(topology))
+    except OSError as error:
+        raise ValueError(f"topology={str(topology)!r} cannot be read: {error}. HINT: name a YAML file.") from None
 
 
 def check_timeout(timeout: Any) -> None:

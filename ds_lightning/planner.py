@@ -174,9 +174,10 @@ class _Search:
 
     def options(self) -> Iterator[Option]:
         """What budgets lead to."""
-        by_distance = self.network.world_size <= _CHOSEN_RANKS
-        seeds = range(self.seed, self.seed + (_TRIES if self.network.world_size <= _TRIED_RANKS else 1))
-        for (narrow, wide, every), seed in itertools.product(self._budgets(self.network.world_size <= _THOROUGH_RANKS), seeds):
+        n = self.network.world_size
+        by_distance = n <= _CHOSEN_RANKS
+        seeds = range(self.seed, self.seed + (_TRIES if n <= _TRIED_RANKS else 1))
+        for (narrow, wide, every), seed in itertools.product(self._budgets(n <= _THOROUGH_RANKS), seeds):
             chooser = _Chooser(self.network, seed)
             allowed = [self._allowed(wide), *[self._allowed(narrow)] * (every - 1)]
             # Those chosen by distance depend on what came before, and where the period is cut makes a difference.
@@ -248,7 +249,7 @@ class _Chooser:
         # Rounded, because sums that should be equal differ in the last digits, and then by lot.
         apart = np.round(own[one] + own[other] - 2 * self._covariance[one, other], 6)
         lots = [self._random.random() for _ in range(len(one))]
-        order = np.lexsort((lots, -apart))
+        order = np.lexsort((np.array(lots), -apart))
         return list(zip(one[order].tolist(), other[order].tolist(), strict=True))
 
     def _draw(self, groups: _Groups, allowed: list[float]) -> None:

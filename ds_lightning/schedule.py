@@ -326,6 +326,11 @@ def make_schedule(
         ValueError: If a name is unknown, a number out of range, or a schedule was made for another world size.
     """
     check_schedule_name(schedule)
+    if schedule == "topology":
+        raise ValueError(
+            "schedule='topology' needs a network to plan for. HINT: use ds_lightning.planner.plan(topology, size), or"
+            " DSSyncStrategy(schedule='topology', topology=...)."
+        )
     if not isinstance(schedule, str):
         if schedule.world_size != world_size:
             raise ValueError(
@@ -346,7 +351,7 @@ SCHEDULE_NAMES = ("auto", "grid", "shuffle", "topology")
 
 
 def check_schedule_name(name: Any) -> None:
-    """Raise a ``ValueError`` unless ``name`` is that of a schedule that can be had, or a :class:`Schedule` itself."""
+    """Raise a ``ValueError`` unless ``name`` is that of a schedule, or a :class:`Schedule` itself."""
     if not isinstance(name, str):
         if not isinstance(name, Schedule):
             raise ValueError(
@@ -357,11 +362,6 @@ def check_schedule_name(name: Any) -> None:
     if name not in SCHEDULE_NAMES:
         raise ValueError(
             f"schedule={name!r} is unknown. HINT: use one of {', '.join(map(repr, SCHEDULE_NAMES))} or a Schedule."
-        )
-    if name == "topology":
-        raise ValueError(
-            "schedule='topology' is not implemented yet: groups that follow the network's links are to come."
-            " HINT: use schedule='auto', or pass a Schedule of your own whose groups stay inside fast links."
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import json
 import os
 import socket
 import time
@@ -44,6 +45,7 @@ from ds_lightning.groups import (
     ScheduledGroups,
     connect,
     connecting_later,
+    exchange,
     name_timeout,
     own_store,
     require_agreement,
@@ -57,11 +59,14 @@ from ds_lightning.options import (
     check_group_size_alone,
     check_start_method,
     check_timeout,
+    check_topology,
 )
+from ds_lightning.planner import plan
 from ds_lightning.preemption import StopSignals
 from ds_lightning.replica import load_replica, remove_older, restore_replica, save_replica
 from ds_lightning.rows import is_table
 from ds_lightning.schedule import (
+    CyclicSchedule,
     GridSchedule,
     Schedule,
     as_int,
@@ -69,9 +74,11 @@ from ds_lightning.schedule import (
     consensus_rate,
     make_schedule,
     positive_int,
+    schedule_period,
 )
 from ds_lightning.synchronizer import SPARSE_GRADIENTS, DSSynchronizer, Statistics, check_state_names
-from ds_lightning.wire import as_wire_dtype
+from ds_lightning.topology import Topology
+from ds_lightning.wire import as_wire_dtype, wire_bytes
 
 CHECKPOINT_KEY = "ds_lightning"
 
@@ -91,8 +98,10 @@ class DSSyncStrategy(DDPStrategy):
     Args:
         group_size: Ranks per group, 2 to the world size; ``"auto"``: 2 up to 8 ranks, about sqrt(N) beyond, at most 32.
         schedule: ``"grid"`` (exact consensus after k steps), ``"shuffle"`` (random groups, any N), ``"auto"`` (a grid
-            where the world size factors into groups near ``group_size``, else a shuffle), or a
-            :class:`~ds_lightning.schedule.Schedule`.
+            where the world size factors into groups near ``group_size``, else a shuffle), ``"topology"`` (planned for
+            ``topology``, see :mod:`ds_lightning.planner`), or a :class:`~ds_lightning.schedule.Schedule`.
+        topology: The network to plan for: the path of a YAML file or a :class:`~ds_lightning.topology.Topology`. Ranks
+            are found by the names of their hosts; if it has none of these, by its own numbers of ranks.
         overlap: Average while forward and backward run: ``X <- W X - lr U``. ``False`` is the paper's order, after the
             optimizer step: ``X <- W (X - lr U)``; better beyond 16 ranks with small groups.
         sync_every: Optimizer steps between synchronizations. With ``overlap`` one average travels during all of them:
@@ -123,6 +132,7 @@ class DSSyncStrategy(DDPStrategy):
         *,
         group_size: int | str = "auto",
         schedule: str | Schedule = "auto",
+        topology: str | os.PathLike[str] | Topology | None = None,
         overlap: bool = True,
         sync_every: int = 1,
         wire_dtype: str | torch.dtype | None = None,
@@ -142,6 +152,7 @@ class DSSyncStrategy(DDPStrategy):
         self.group_size = group_size if automatic else check_group_size_alone(group_size)
         check_schedule_name(schedule)
         self.schedule = schedule
+        self.topology = check_topology(topology, schedule)
         self.overlap = check_bool("overlap", overlap)
         self.sync_every = positive_int("sync_every", sync_every)
         self.wire_dtype = as_wire_dtype(wire_dtype)
@@ -151,7 +162,6 @@ class DSSyncStrategy(DDPStrategy):
         self.seed = as_int("seed", seed)
         self.save_replicas = check_bool("save_replicas", save_replicas)
         self.synchronizers: list[DSSynchronizer] = []
-        self._schedule: Schedule | None = None  # the one in use, once the world size is known
         self._groups: ScheduledGroups | None = None
         self._attendance: Attendance | None = None
         self._took: dict[str, float] = {}  # seconds of start-up
@@ -186,7 +196,7 @@ class DSSyncStrategy(DDPStrategy):
             # torch replaces the thread pool it inherited at the first use, which two threads at once do not survive.
             torch.set_num_threads(torch.get_num_threads())
         error = None
-        if self.world_size > 1:
+        if self.world_size > 1 and self.topology is None:
             try:
                 make_schedule(self.schedule, self.world_size, self.group_size, self.seed)
             except ValueError as e:
@@ -206,7 +216,6 @@ class DSSyncStrategy(DDPStrategy):
                     require_agreement("the strategy's options", self._options(), error)
             with self._taking_time("connections"), self._meeting("to connect"):
                 connect(self._timeout)
-            self._schedule = self._make_schedule(self._attendance.hosts)
         connector = trainer._checkpoint_connector
         if "resume_start" not in vars(connector):
             connector.resume_start = partial(self._resume_start, connector.resume_start)  # type: ignore[method-assign]
@@ -240,7 +249,6 @@ class DSSyncStrategy(DDPStrategy):
         if self.world_size == 1:
             rank_zero_info("dssync: the world size is 1, so there is nothing to synchronize.")
             return
-        assert self._schedule is not None
         assert self._attendance is not None
         first = self._groups is None
         with self._meeting("to begin with the same model"):
@@ -249,12 +257,13 @@ class DSSyncStrategy(DDPStrategy):
                     broadcast_from_rank_0(model)
             with self._taking_time("groups"):
                 if self._groups is None:
-                    self._groups = ScheduledGroups(self._schedule, self._timeout, self._attendance.hosts)
+                    schedule = self._make_schedule(self._attendance.hosts)
+                    self._groups = ScheduledGroups(schedule, self._timeout, self._attendance.hosts)
             if self._signals is not None:
                 self._signals.start(self._timeout or default_pg_timeout)
         if first:
             took = ", ".join(f"{what} {seconds:.1f} s" for what, seconds in self._took.items())
-            rank_zero_info(f"dssync: {_describe(self._schedule, self._groups.period)}. Start-up: {took}.")
+            rank_zero_info(f"dssync: {_describe(self._groups.schedule, self._groups.period)}. Start-up: {took}.")
         if self.optimizer_state_every > 1 and not self.average_optimizer_state:
             rank_zero_warn(
                 f"dssync: optimizer_state_every={self.optimizer_state_every} has no effect: there is no"
@@ -295,6 +304,7 @@ class DSSyncStrategy(DDPStrategy):
         """Those that must be the same on all ranks and that the schedule's partitions do not show."""
         return {
             "group_size": self.group_size,
+            "topology": self.topology,
             "overlap": self.overlap,
             "sync_every": self.sync_every,
             "wire_dtype": self.wire_dtype,
@@ -305,10 +315,13 @@ class DSSyncStrategy(DDPStrategy):
         }
 
     def _make_schedule(self, hosts: list[str]) -> Schedule:
-        schedule = make_schedule(self.schedule, self.world_size, self.group_size, self.seed, hosts)
-        if schedule is self.schedule and self.group_size != "auto":
+        if self.schedule == "topology":
+            schedule = self._plan(hosts)
+        else:
+            schedule = make_schedule(self.schedule, self.world_size, self.group_size, self.seed, hosts)
+        if (schedule is self.schedule or self.schedule == "topology") and self.group_size != "auto":
             rank_zero_warn(f"dssync: group_size={self.group_size} has no effect: {schedule!r} decides.")
-        if self.seed and self.schedule not in ("auto", "shuffle"):
+        if self.seed and self.schedule not in ("auto", "shuffle", "topology"):
             rank_zero_warn(f"dssync: seed={self.seed} has no effect: {schedule!r} draws nothing.")
         if self.schedule == "grid" and isinstance(schedule, GridSchedule) and not schedule.is_near:
             rank_zero_warn(
@@ -316,6 +329,27 @@ class DSSyncStrategy(DDPStrategy):
                 f" of {' and '.join(map(str, schedule.dims))}. HINT: use schedule='shuffle' or another number of ranks."
             )
         return schedule
+
+    def _plan(self, hosts: list[str]) -> Schedule:
+        """Rank 0's plan, which all follow: the arithmetic of another machine may differ in the last digit."""
+        module, network = self.lightning_module, self.topology
+        assert module is not None
+        assert network is not None
+        tensors = [*(p for p in module.parameters() if p.requires_grad), *module.buffers()]
+        size = sum(wire_bytes(t.numel(), self.wire_dtype or t.dtype) for t in tensors if t.is_floating_point())
+
+        def conclude(words: list[str]) -> str:
+            try:
+                found = plan(network.of_job(hosts), max(1, size), overlap=self.overlap, seed=self.seed)
+            except ValueError as error:
+                return json.dumps(str(error))
+            rank_zero_info(f"dssync: {found.verdict}")
+            return json.dumps([found.schedule.partition(t) for t in range(schedule_period(found.schedule))])
+
+        answer = json.loads(exchange("", conclude))
+        if isinstance(answer, str):
+            raise ValueError(answer)
+        return CyclicSchedule(answer)
 
     def _synchronizer(self, optimizer: Optimizer) -> DSSynchronizer:
         """The synchronizer of an optimizer, made at its first step (a callback may replace optimizers at any time)."""

@@ -220,6 +220,25 @@ class Topology:
         above = above_hosts(self.above, ranks)
         return Topology(above, {node: self.links[node] for node in above}, ranks)
 
+    def of_job(self, hosts: Sequence[str]) -> Topology:
+        """The same network with the ranks of a job, by `with_ranks`; as it is, if it has none of the job's hosts.
+
+        Raises:
+            ValueError: If it has some of the hosts but not all, or none and another number of ranks.
+        """
+        try:
+            return self.with_ranks(hosts)
+        except ValueError:
+            names = {name for host in self.hosts for name in (host, host.split(".")[0])}
+            if any(name in names for host in set(hosts) for name in (host, host.split(".")[0])):
+                raise
+            if self.world_size == len(hosts):
+                return self
+            raise ValueError(
+                f"the topology has none of the job's hosts ({hosts[0]}, ...), and {self.world_size} ranks of its own"
+                f" where the world size is {len(hosts)}. HINT: name hosts as `hostname` does on them."
+            ) from None
+
     def _find(self, host: str, rank: int, shorts: Mapping[str, list[str]]) -> str:
         short = host.split(".")[0]
         found = [host] if host in self.ranks else [short] if short in self.ranks else []
