@@ -28,7 +28,11 @@ from typing_extensions import override
 
 from benchmarks.cluster import sent_by
 from ds_lightning import DSSyncStrategy
+from ds_lightning.cost import Network, ddp_step_seconds, rounds, step_seconds
+from ds_lightning.planner import plan
+from ds_lightning.schedule import make_schedule
 from ds_lightning.topology import Topology
+from ds_lightning.wire import as_wire_dtype, wire_bytes
 
 COMPUTE = "compute"  # the arm that trains without any communication
 PEERS = ("ddp", "ddp-default", "ddp-bf16", "ddp-powersgd", "post-local-sgd")
@@ -267,6 +271,27 @@ def make_strategy(arm: str, parameter_bytes: int, timeout: float, topology: str 
         static_graph=True,
         model_averaging_period=LOCAL_STEPS,
     )
+
+
+def predict(arm: str, topology: str | None, parameter_bytes: int, compute: float) -> float | None:
+    """What the cost model says that a step of an arm takes (see ds_lightning.cost); None where it says nothing."""
+    if topology is None or arm in (COMPUTE, "ddp-default", "ddp-powersgd"):
+        return None
+    network = Network(Topology.parse(topology))
+    ring = network.ring_seconds(range(network.world_size), parameter_bytes / (2 if arm == "ddp-bf16" else 1))
+    if arm == "post-local-sgd":
+        return compute + ring / LOCAL_STEPS
+    if arm in PEERS:
+        return ddp_step_seconds(ring, compute)
+    options = dssync_options(arm)
+    size = wire_bytes(parameter_bytes // 4, as_wire_dtype(options.get("wire_dtype", "fp32")) or torch.float32)
+    overlap, every = bool(options.get("overlap", True)), int(options.get("sync_every", 1))
+    if options.get("schedule") == "topology":
+        schedule = plan(network.topology, size, overlap=overlap).schedule
+    else:
+        schedule = make_schedule("auto", network.world_size, options.get("group_size", "auto"))
+    # An average has the compute of all steps until the next one to hide in.
+    return step_seconds(network, rounds(schedule), size, every * compute, overlap) / every
 
 
 # ---- one run --------------------------------------------------------------------------------------------------------

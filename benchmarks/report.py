@@ -31,6 +31,7 @@ class Run:
         parameter_bytes: Of the model.
         steal: Share of the processors' time that the hypervisor gave to others.
         others: Share of it that other processes of this machine took.
+        predicted: Seconds per step that the cost model says, if it says something.
     """
 
     case: str
@@ -46,6 +47,7 @@ class Run:
     parameter_bytes: int
     steal: float
     others: float
+    predicted: float | None = None
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class Row:
         wire: Seconds per step without compute.
         hidden: `(compute + wire - step) / min(compute, wire)`.
         memory: Peak per worker in bytes.
+        predicted: Seconds per step that the cost model says.
     """
 
     case: str
@@ -79,6 +82,7 @@ class Row:
     wire: float | None
     hidden: float | None
     memory: float
+    predicted: float | None
 
 
 def undisturbed(runs: Sequence[Run], limit: float, enough: int = 2) -> tuple[list[Run], list[str]]:
@@ -148,6 +152,7 @@ def summarize(runs: Sequence[Run], wire_cases: dict[str, str] | None = None) -> 
                 wire=wire,
                 hidden=(compute + wire - step) / min(compute, wire) if compute and wire else None,
                 memory=statistics.median(run.memory for run in mine.values()),
+                predicted=first.predicted,
             )
         )
     return rows
@@ -161,6 +166,9 @@ _COLUMNS: dict[str, Callable[[Row], str]] = {
     "arm": lambda row: row.arm,
     "step (s)": lambda row: f"{row.step:.3f} ± {row.spread:.3f}",
     "median step": lambda row: f"{row.median_step:.3f}",
+    "model (s)": lambda row: (
+        "" if row.predicted is None else f"{row.predicted:.3f} ({row.predicted / row.step - 1:+.0%})"
+    ),
     "ddp / arm": lambda row: _text(".2f")(row.ratio),
     "bytes sent": lambda row: f"{row.bytes_sent:,.0f}",
     "x parameters": lambda row: f"{row.bytes_ratio:.3f}",
@@ -171,11 +179,12 @@ _COLUMNS: dict[str, Callable[[Row], str]] = {
 }
 LEGEND = """\
 step: seconds per step (first measured step to last over their number, mean over workers), median and half the range
-over repetitions. median step: of single steps. ddp / arm: ddp's step time over this arm's, taken within each
-repetition, then the median; above 1 the arm is faster than ddp, below 1 slower. bytes sent: per worker and step, by the
-network interfaces' own counters; x parameters: the same in multiples of the parameters' bytes. compute: step without
-any communication. wire: step without compute. hidden: (compute + wire - step) / min(compute, wire). memory: peak per
-worker during the measured steps, above what the process held before it made the model.
+over repetitions. median step: of single steps. model: what the cost model of ds_lightning.cost predicts, and how far
+that is from the measured step. ddp / arm: ddp's step time over this arm's, taken within each repetition, then the
+median; above 1 the arm is faster than ddp, below 1 slower. bytes sent: per worker and step, by the network interfaces'
+own counters; x parameters: the same in multiples of the parameters' bytes. compute: step without any communication.
+wire: step without compute. hidden: (compute + wire - step) / min(compute, wire). memory: peak per worker during the
+measured steps, above what the process held before it made the model.
 """
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from rich.console import Console
 
 from benchmarks import report
-from benchmarks.arms import COMPUTE, LAYERS, PEERS, Job, check_arm, measure
+from benchmarks.arms import COMPUTE, LAYERS, PEERS, Job, check_arm, measure, predict
 from benchmarks.cluster import (
     SETTINGS,
     Cluster,
@@ -118,6 +118,7 @@ def run_arm(cluster: Cluster, case: Case, job: Job, repetition: int, timeout: fl
         parameter_bytes=ranks[0].parameter_bytes,
         steal=steal,
         others=others,
+        predicted=predict(job.arm, job.topology, ranks[0].parameter_bytes, job.compute),
     )
 
 
