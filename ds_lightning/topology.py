@@ -14,13 +14,12 @@ Bandwidths are in Gbit/s, latencies in ms one way.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby, product
+from itertools import product
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -111,7 +110,7 @@ class Topology:
         for node in (*self.above, *self.links):
             if (node in self.above) != (node in self.links):
                 has, lacks = ("switch above it", "link to it") if node in self.above else ("link", "switch above it")
-                raise TopologyError(f"{node} has a {has} but no {lacks}. HINT: give each node but the top both.", node)
+                raise TopologyError(f"{node} has a {has} but no {lacks}. HINT: give both to all but the top.", node)
         for node, link in self.links.items():
             if not isinstance(link, Link):
                 raise TopologyError(f"the link of {node} is {link!r}. HINT: make it a Link(up, down, latency).", node)
@@ -310,27 +309,15 @@ class Topology:
         Raises:
             ValueError: If something is wrong; the message starts with ``name`` and the line.
         """
-        from ds_lightning.topology_files import read_yaml
+        from ds_lightning.topology_text import read_yaml
 
         return read_yaml(text, name, resolve)
 
     def to_yaml(self) -> str:
         """The text from which `parse` makes an equal topology; the same for equal ones."""
-        one_each = all(self.ranks[host] == (rank,) for rank, host in enumerate(self.hosts))
-        lines = ["# Bandwidths in Gbit/s, latencies in ms one way.", "switches:"]
-        for node in (*self.switches, *self.hosts):
-            if node == self.hosts[0]:
-                lines.append("hosts:")
-            entry = []
-            if node != self.top:
-                link = self.links[node]
-                entry = [f"to: {_quoted(self.above[node])}"]
-                entry += [f"bandwidth: {_digits(link.up)}"] if link.up == link.down else []
-                entry += [f"up: {_digits(link.up)}, down: {_digits(link.down)}"] if link.up != link.down else []
-                entry += [f"latency: {_digits(link.latency)}"] if link.latency else []
-                entry += [f"ranks: {list(self.ranks[node])}"] if node in self.ranks and not one_each else []
-            lines.append(f"  {_quoted(node)}: {{{', '.join(entry)}}}")
-        return "\n".join(lines) + "\n"
+        from ds_lightning.topology_text import write_yaml
+
+        return write_yaml(self)
 
     @classmethod
     def from_slurm(cls, text: str, bandwidth: float, latency: float = 0.0, oversubscription: float = 1.0) -> Topology:
@@ -363,55 +350,14 @@ class Topology:
                 ├── n2  25 Gbit/s, rank 2
                 └── n3  25 Gbit/s, rank 3
         """
-        from ds_lightning.topology_files import read_slurm
+        from ds_lightning.topology_text import read_slurm
 
         return read_slurm(text, bandwidth, latency, oversubscription)
 
     def __str__(self) -> str:
-        lines = []
-        rows: list[tuple[str, str, str | None]] = [("", "", self.top)]
-        while rows:
-            text, indent, node = rows.pop()
-            lines.append(text + (self._label(node) if node else ""))
-            below = self._rows(node) if node else []
-            for row in reversed(below):
-                branch, deeper = ("└── ", "    ") if row is below[-1] else ("├── ", "│   ")
-                shown, more = row
-                rows.append((f"{indent}{branch}{more}", indent + deeper, shown))
-        return "\n".join(lines)
+        from ds_lightning.topology_text import draw
 
-    def _label(self, node: str) -> str:
-        about = [str(self.links[node])] if node in self.links else []
-        if node in self.ranks:
-            ranks = _spans(self.ranks[node])
-            about.append(f"rank{'s' if len(self.ranks[node]) > 1 else ''} {ranks}")
-        return f"{node}  {', '.join(about)}" if about else node
-
-    def _rows(self, switch: str) -> list[tuple[str | None, str]]:
-        """What to print below ``switch``: nodes, and where there are many, how many more are like the last."""
-        below = self.children.get(switch, ())
-        if len(below) <= 16:
-            return [(node, "") for node in below]
-        rows: list[tuple[str | None, str]] = []
-        for _, run in groupby(below, key=self._shapes.__getitem__):
-            nodes = list(run)
-            shown = nodes if len(nodes) <= 4 else nodes[:2]
-            rows += ((node, "") for node in shown)
-            if len(shown) < len(nodes):
-                kind = "hosts" if nodes[0] in self.ranks else "switches"
-                rows.append((None, f"... {len(nodes) - len(shown)} more {kind}"))
-        return rows
-
-    @cached_property
-    def _shapes(self) -> dict[str, int]:
-        """A number for each node, the same where all from there down looks alike but for the names."""
-        numbers: dict[Any, int] = {}
-        shapes: dict[str, int] = {}
-        for node in reversed(self._order):
-            below = tuple(shapes[child] for child in self.children.get(node, ()))
-            key = (self.links.get(node), len(self.ranks.get(node, ())), below)
-            shapes[node] = numbers.setdefault(key, len(numbers))
-        return shapes
+        return draw(self)
 
 
 def expand(expression: str) -> list[str]:
@@ -476,7 +422,7 @@ def _check_ranks(ranks: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...
         host = host_of[unknown[0]]
         raise TopologyError(
             f"rank {unknown[0]} of host {host} is unknown: {n} ranks are named, so they are 0 to {n - 1}, and "
-            f"{_spans(missing)} {'are' if len(missing) > 1 else 'is'} missing. HINT: leave no gap.",
+            f"{spans(missing)} {'are' if len(missing) > 1 else 'is'} missing. HINT: leave no gap.",
             host,
         )
     if not n:
@@ -494,11 +440,13 @@ def top_down(above: Mapping[str, str], others: Iterable[str] = ()) -> list[str]:
         order += below.get(node, ())
     if len(order) < len(above.keys() | set(above.values()) | set(others)):
         reached = set(order)
-        circle = [next(node for node in above if node not in reached)]
-        while (switch := above[circle[-1]]) not in circle:
-            circle.append(switch)
-        circle = circle[circle.index(switch) :]
-        way = " -> ".join([*circle[:8], *(["..."] if len(circle) > 8 else []), switch])
+        node = next(node for node in above if node not in reached)
+        walked: dict[str, int] = {}
+        while node not in walked:
+            walked[node] = len(walked)
+            node = above[node]
+        circle = list(walked)[walked[node] :]
+        way = " -> ".join([*circle[:8], *(["..."] if len(circle) > 8 else []), node])
         raise TopologyError(f"the way up is a cycle: {way}. HINT: let one switch be the top.", *circle)
     return order
 
@@ -531,13 +479,11 @@ def amount(name: str, value: Any, zero: bool = False) -> float:
     except OverflowError:
         number = math.inf
     if not math.isfinite(number) or number < 0 or (number == 0 and not zero):
-        raise ValueError(
-            f"{name}={number:g} is not {'zero or more' if zero else 'above zero and finite'}. HINT: check it."
-        )
+        raise ValueError(f"{name}={number:g} is not {'at least' if zero else 'above'} zero and finite. HINT: check it.")
     return number
 
 
-def _spans(numbers: Iterable[int]) -> str:
+def spans(numbers: Iterable[int]) -> str:
     """``0-3, 8`` for sorted numbers."""
     spans: list[list[int]] = []
     for number in numbers:
@@ -547,11 +493,3 @@ def _spans(numbers: Iterable[int]) -> str:
             spans.append([number, number])
     more = ", ..." if len(spans) > 8 else ""
     return ", ".join(f"{a}-{b}" if a < b else f"{a}" for a, b in spans[:8]) + more
-
-
-def _digits(number: float) -> str:
-    return str(int(number)) if number.is_integer() and number < 1e15 else repr(number)
-
-
-def _quoted(name: str) -> str:
-    return name if re.fullmatch(r"[A-Za-z_][A-Za-z0-9_.-]*", name) else json.dumps(name, ensure_ascii=False)

@@ -1,7 +1,11 @@
-"""Reads a topology from a file, or from what Slurm prints. Errors start with the place: ``cluster.yaml:7: ...``."""
+"""A topology as text: YAML, what Slurm prints, and a tree for people.
+
+Errors in what is read start with the place: ``cluster.yaml:7: ...``.
+"""
 
 from __future__ import annotations
 
+import json
 import re
 import socket
 import threading
@@ -12,12 +16,88 @@ from itertools import groupby
 from queue import Empty, SimpleQueue
 from typing import Any, NoReturn
 
-from ds_lightning.topology import Link, Topology, TopologyError, above_hosts, amount, expand, numbered, top_down
+from ds_lightning.topology import Link, Topology, TopologyError, above_hosts, amount, expand, numbered, spans, top_down
 
 # Seconds until a name that was asked for counts as unknown.
 _RESOLVING = 10.0
 # The line and the value of each key of a YAML mapping.
 _Entry = dict[str, tuple[int, Any]]
+
+
+def draw(topology: Topology) -> str:
+    """The tree for people: a line for each node, but for the many that look like their neighbours."""
+    lines = []
+    shapes = _shapes(topology)
+    rows: list[tuple[str, str, str | None]] = [("", "", topology.top)]  # node last, if it is one
+    while rows:
+        text, indent, node = rows.pop()
+        lines.append(text if node is None else text + _label(topology, node))
+        below = [] if node is None else _below(topology, node, shapes)
+        for i in reversed(range(len(below))):
+            branch, deeper = ("├── ", "│   ") if i < len(below) - 1 else ("└── ", "    ")
+            rows.append((indent + branch + below[i][0], indent + deeper, below[i][1]))
+    return "\n".join(lines)
+
+
+def _label(topology: Topology, node: str) -> str:
+    about = [str(topology.links[node])] if node in topology.links else []
+    if ranks := topology.ranks.get(node):
+        about.append(f"rank{'s' if len(ranks) > 1 else ''} {spans(ranks)}")
+    return f"{node}  {', '.join(about)}" if about else node
+
+
+def _below(topology: Topology, switch: str, shapes: dict[str, int]) -> list[tuple[str, str | None]]:
+    """The rows below ``switch``: nodes, and if they are many, how many more are like the last."""
+    nodes = topology.children.get(switch, ())
+    rows: list[tuple[str, str | None]] = []
+    for _, run in groupby(nodes, key=shapes.__getitem__):
+        alike = list(run)
+        shown = alike[:2] if len(nodes) > 16 and len(alike) > 3 else alike
+        rows += [("", node) for node in shown]
+        if len(shown) < len(alike):
+            kind = "hosts" if alike[0] in topology.ranks else "switches"
+            rows.append((f"... {len(alike) - len(shown)} more {kind}", None))
+    return rows
+
+
+def _shapes(topology: Topology) -> dict[str, int]:
+    """A number for each node, the same for two where everything from there down differs in names alone."""
+    numbers: dict[object, int] = {}
+    shapes: dict[str, int] = {}
+    for node in (*topology.hosts, *reversed(topology.switches)):
+        below = tuple(shapes[child] for child in topology.children.get(node, ()))
+        key = topology.links.get(node), len(topology.ranks.get(node, ())), below
+        shapes[node] = numbers.setdefault(key, len(numbers))
+    return shapes
+
+
+def write_yaml(topology: Topology) -> str:
+    """See `Topology.to_yaml`."""
+    # Without `ranks`, each host has one, in the order of the file.
+    one_each = all(topology.ranks[host] == (rank,) for rank, host in enumerate(topology.hosts))
+    lines = ["# Bandwidths in Gbit/s, latencies in ms one way."]
+    for section, nodes in (("switches", topology.switches), ("hosts", topology.hosts)):
+        lines.append(f"{section}:")
+        for node in nodes:
+            entry = []
+            if node in topology.links:
+                link = topology.links[node]
+                speeds = {"bandwidth": link.up} if link.up == link.down else {"up": link.up, "down": link.down}
+                numbers = speeds | ({"latency": link.latency} if link.latency else {})
+                entry = [f"to: {_quoted(topology.above[node])}"]
+                entry += [f"{key}: {_digits(number)}" for key, number in numbers.items()]
+            if section == "hosts" and not one_each:
+                entry.append(f"ranks: {list(topology.ranks[node])}")
+            lines.append(f"  {_quoted(node)}: {{{', '.join(entry)}}}")
+    return "\n".join(lines) + "\n"
+
+
+def _digits(number: float) -> str:
+    return str(int(number)) if number.is_integer() and number < 1e15 else repr(number)
+
+
+def _quoted(name: str) -> str:
+    return name if re.fullmatch(r"[A-Za-z_][A-Za-z0-9_.-]*", name) else json.dumps(name, ensure_ascii=False)
 
 
 def read_yaml(text: str, name: str, resolve: bool) -> Topology:
