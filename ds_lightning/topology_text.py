@@ -114,7 +114,8 @@ def read_yaml(text: str, name: str, resolve: bool) -> Topology:
             mark.line + 1 if mark else 1, f"this is not YAML: {error.problem}. HINT: look at the lines before, too."
         )
     except yaml.YAMLError as error:
-        file.fail(1, f"this is not YAML: {error}. HINT: write plain text.")
+        line = text.encode(errors="replace").count(b"\n", 0, getattr(error, "position", 0)) + 1
+        file.fail(line, f"this is not YAML: {str(error).splitlines()[0]}. HINT: write plain text.")
     if root is None:
         file.fail(1, "there is nothing here. HINT: give at least `bandwidth` and `hosts`.")
     return file.topology(root, resolve)
