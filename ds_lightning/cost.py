@@ -119,13 +119,19 @@ class Network:
     def seconds(self, groups: Round, size: float) -> Floats:
         """What each group of a step takes, shape (groups,); ``size``: bytes of the model on the wire."""
         busy = self.traffic(groups) * self.seconds_per_byte * size
-        busiest, latency = np.zeros(len(groups.sizes)), np.zeros(len(groups.sizes))
+        busiest = np.zeros(len(groups.sizes))
         for node, group, _ in self._crossings(groups):
             np.maximum.at(busiest, group, busy[node])
+        return busiest + self.latency(groups)
+
+    def latency(self, groups: Round) -> Floats:
+        """Seconds that a group's messages take besides, shape (groups,)."""
+        latency = np.zeros(len(groups.sizes))
+        for node, group, _ in self._crossings(groups):
             farthest = np.zeros(len(groups.sizes))
             np.maximum.at(farthest, group, self._latency[node])
             latency += 2 * farthest  # up and down again
-        return busiest + latency * np.where(groups.sizes > 2, 2, 1)
+        return latency * np.where(groups.sizes > 2, 2, 1)
 
     def _crossings(self, groups: Round) -> list[tuple[Ints, Ints, Floats]]:
         """Per level: node, group, and models' bytes of that group that cross the node's link, per direction."""

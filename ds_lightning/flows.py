@@ -1,0 +1,157 @@
+"""A run of a schedule, event by event: who sends when, and how links are shared meanwhile.
+
+The recurrence of cost.py takes a step's groups to be on the wire together. In truth ranks that have little to do run
+ahead, and what they send crowds a link that ranks of an earlier step are still waiting for. Here two members of a group
+begin to send to each other when both are ready (a group's second stage when all are), all that is under way shares the
+links fairly (max-min per connection, as TCP does in the mean), and members go on when their group is done.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ds_lightning.cost import Floats, Network, Round
+
+
+@dataclass
+class _Group:
+    """An average under way."""
+
+    step: int
+    members: list[int]
+    latency: float
+    ready: list[int] = field(default_factory=list)
+    transfers: int = 0  # that are not over
+
+
+@dataclass
+class _Transfer:
+    """What two members send to each other: so many bytes each way over the same links."""
+
+    group: _Group
+    links: list[int]
+    left: float
+    rate: float = 0.0
+
+
+class Run:
+    """Ranks that go through a schedule.
+
+    Args:
+        network: Where it runs.
+        schedule: One period.
+        size: Bytes of the model on the wire.
+        compute: Seconds of forward and backward.
+        overlap: Whether an average runs during them.
+    """
+
+    def __init__(
+        self, network: Network, schedule: Sequence[Round], size: float, compute: float, overlap: bool
+    ) -> None:
+        self._schedule, self._size, self._compute, self._overlap = schedule, size, compute, overlap
+        self._capacity = (1 / network.seconds_per_byte).tolist()
+        self._ways = [[node for node in way if node >= 0] for way in network.above.T.tolist()]
+        self._members = [
+            [np.flatnonzero(groups.group_of == group).tolist() for group in range(len(groups.sizes))]
+            for groups in schedule
+        ]
+        self._latency = [network.latency(groups).tolist() for groups in schedule]
+        self._groups: dict[tuple[int, int], _Group] = {}
+        self._under_way: list[_Transfer] = []
+        self._events: list[tuple[float, int, int]] = []  # time, step, rank: is ready for the step's average
+
+    def ends(self, steps: int) -> Floats:
+        """When each rank ends each step, in seconds, shape (steps, N)."""
+        n = len(self._ways)
+        self._ends, self._begun, self._steps = np.zeros((steps, n)), np.zeros(n), steps
+        for rank in range(n):
+            self._begin(rank, 0, 0.0)
+        now = 0.0
+        while self._events or self._under_way:
+            _share(self._under_way, self._capacity)
+            over = min((now + transfer.left / transfer.rate for transfer in self._under_way), default=np.inf)
+            time = min(over, self._events[0][0] if self._events else np.inf)
+            for transfer in self._under_way:
+                transfer.left -= transfer.rate * (time - now)
+            now = time
+            if time == over:
+                self._end_transfers(now)
+            else:
+                _, step, rank = heapq.heappop(self._events)
+                self._join(rank, step, now)
+        return self._ends
+
+    def _begin(self, rank: int, step: int, time: float) -> None:
+        if step < self._steps:
+            self._begun[rank] = time
+            heapq.heappush(self._events, (time if self._overlap else time + self._compute, step, rank))
+
+    def _join(self, rank: int, step: int, now: float) -> None:
+        at = step % len(self._schedule)
+        number = int(self._schedule[at].group_of[rank])
+        group = self._groups.get((step, number))
+        if group is None:
+            group = _Group(step, self._members[at][number], self._latency[at][number])
+            self._groups[step, number] = group
+        size, stages = len(group.members), 1 if len(group.members) == 2 else 2
+        each = self._size * stages / size if size > 2 else self._size
+        for other in group.ready:
+            self._send(group, rank, other, each / stages)
+        group.ready.append(rank)
+        if len(group.ready) == size:
+            del self._groups[step, number]
+            if stages == 2:
+                for one, other in itertools.combinations(group.members, 2):
+                    self._send(group, one, other, each / stages)
+            if group.transfers == 0:
+                self._finish(group, now)
+
+    def _send(self, group: _Group, one: int, other: int, size: float) -> None:
+        links = sorted(set(self._ways[one]) ^ set(self._ways[other]))
+        if links:
+            group.transfers += 1
+            self._under_way.append(_Transfer(group, links, size))
+
+    def _end_transfers(self, now: float) -> None:
+        over = [transfer for transfer in self._under_way if transfer.left <= 1e-9 * self._size]
+        self._under_way = [transfer for transfer in self._under_way if transfer.left > 1e-9 * self._size]
+        for transfer in over:
+            group = transfer.group
+            group.transfers -= 1
+            if group.transfers == 0 and len(group.ready) == len(group.members):
+                self._finish(group, now)
+
+    def _finish(self, group: _Group, now: float) -> None:
+        time = now + group.latency
+        for rank in group.members:
+            end = max(time, self._begun[rank] + self._compute) if self._overlap else time
+            self._ends[group.step, rank] = end
+            self._begin(rank, group.step + 1, end)
+
+
+def _share(transfers: Iterable[_Transfer], capacity: Sequence[float]) -> None:
+    """Max-min fair rates: the link that has least for each is shared out first."""
+    open_ = list(transfers)
+    left: dict[int, float] = {}
+    count: dict[int, int] = {}
+    for transfer in open_:
+        for link in transfer.links:
+            left.setdefault(link, capacity[link])
+            count[link] = count.get(link, 0) + 1
+    while open_:
+        rate, tight = min((left[link] / k, link) for link, k in count.items() if k)
+        rest = []
+        for transfer in open_:
+            if tight not in transfer.links:
+                rest.append(transfer)
+                continue
+            transfer.rate = rate
+            for link in transfer.links:
+                left[link] = max(0.0, left[link] - rate)
+                count[link] -= 1
+        open_ = rest
