@@ -35,6 +35,11 @@ def as_wire_dtype(wire_dtype: Any) -> torch.dtype | None:
     return dtype
 
 
+def wire_bytes(values: int, dtype: torch.dtype) -> float:
+    """Bytes of so many values on the wire: with int8, one fp32 scale for each 64 of them as well."""
+    return values * (1 + 4 / 64 if dtype == torch.int8 else dtype.itemsize)
+
+
 class Code:
     """Rounded values in raw bytes: one part for each thing a codec stores, with so many elements per value.
 
