@@ -107,8 +107,8 @@ def _run(args: argparse.Namespace) -> None:
         hint = 'pip install "ds_lightning[recipes]"'
         raise ValueError(f"`plan` draws and prints with {missing}, which is not installed. HINT: {hint}.") from None
     topology = Topology.from_yaml(args.topology)
-    if topology.world_size < 2:
-        raise ValueError(f"{args.topology}: one rank has nobody to average with. HINT: list all hosts.")
+    if len(topology.hosts) < 2:
+        raise ValueError(f"{args.topology}: one host alone has no network to plan for. HINT: list all hosts.")
     _check_output(args.output)
     print(topology, flush=True)
     size = max(1.0, wire_bytes(args.parameters, WIRE_DTYPES[args.wire]))
@@ -119,7 +119,7 @@ def _run(args: argparse.Namespace) -> None:
         found = plan(topology, size, args.compute, not args.no_overlap, args.seed)
     about = (
         f"{topology.world_size:,} ranks on {len(topology.hosts):,} hosts, {size / 1e6:,.4g} MB on the wire "
-        f"({args.wire}), {found.compute:g} s of compute{' beside it' if found.overlap else ' before it'}"
+        f"({args.wire}), {found.compute:g} s of compute{', overlapped' if found.overlap else ', not overlapped'}"
     )
     table = figures(found)
     print(f"\n{about}")
@@ -249,7 +249,7 @@ def _seconds(text: str) -> float:
 
 def _check_output(output: Path) -> None:
     """A ``ValueError`` if no folder can be made there: now, not after planning."""
-    place = output
+    place = output / "plan"
     while not place.exists() and place != place.parent:
         place = place.parent
     if not place.is_dir():

@@ -40,7 +40,8 @@ def draw(found: Plan, about: str, path: Path) -> None:
     figure = Figure(figsize=(14, 9), dpi=_DPI, layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(f"{about}\n{found.verdict}", fontsize=11)
-    left, right = figure.subfigures(1, 2, width_ratios=(1.15, 1), wspace=0.03)
+    halves: Any = figure.subfigures(1, 2, width_ratios=(1.15, 1), wspace=0.03)
+    left, right = halves
     upper, lower = right.subplots(2, 1, height_ratios=(1.15, 1))
     _draw_links(left.subplots(), found)
     _draw_meetings(upper, found)
@@ -56,8 +57,10 @@ def _draw_links(axis: Any, found: Plan) -> None:
     index = [i for i, _ in rows]
     longest = busy.max(axis=1)
     share = busy[:, index] / np.where(longest > 0, longest, 1)[:, None]
-    image = axis.pcolormesh(share.T, cmap="Blues", vmin=0, vmax=1, edgecolors="#cccccc", linewidth=0.4)
-    axis.set_ylim(max(len(rows), 12), 0)
+    image = axis.pcolormesh(
+        np.ma.masked_equal(share.T, 0), cmap="Blues", vmin=0, vmax=1, edgecolors="#cccccc", linewidth=0.4
+    )
+    axis.set_ylim(max(len(rows), 8), 0)
     axis.set_yticks(np.arange(len(rows)) + 0.5, [label for _, label in rows])
     axis.tick_params(axis="y", length=0)
     for label in axis.get_yticklabels():
@@ -88,25 +91,31 @@ def _draw_links(axis: Any, found: Plan) -> None:
 def _rows(topology: Topology, network: Network, busy: Floats) -> list[tuple[int, str]]:
     """Index and label of the links to show, along the tree."""
     number = {node: i for i, node in enumerate(network.nodes)}
-    tree = [(number[node], node, depth) for node, depth in _walk(topology) if node != topology.top]
+    tree = [(number[node], node, branch) for node, branch in _walk(topology) if node != topology.top]
     if len(tree) > _MOST_ROWS:
         kept = sorted(tree, key=lambda row: (row[1] in topology.ranks, -busy[row[0]]))[:_MOST_ROWS]
         tree = [row for row in tree if row in set(kept)]
-    labels = [f"{'  ' * (depth - 1)}{_shortened(node)}" for _, node, depth in tree]
+    labels = [f"{branch}{_shortened(node)}" for _, node, branch in tree]
     width = max(map(len, labels))
-    speeds = [str(topology.links[node]).split(",")[0].removesuffix(" Gbit/s") for _, node, _ in tree]
+    speeds = [str(topology.links[node]).split(" ")[0] for _, node, _ in tree]
     return [
         (i, f"{label:<{width}} {speed:>6} Gbit/s") for (i, _, _), label, speed in zip(tree, labels, speeds, strict=True)
     ]
 
 
-def _walk(topology: Topology) -> Iterator[tuple[str, int]]:
-    """Each node, before those below it, and how many switches are above it."""
-    waiting = [(topology.top, 0)]
+def _walk(topology: Topology) -> Iterator[tuple[str, str]]:
+    """Each node, before those below it, and the lines of the tree in front of it."""
+    waiting = [(topology.top, "", "")]
     while waiting:
-        node, depth = waiting.pop()
-        yield node, depth
-        waiting += [(child, depth + 1) for child in reversed(topology.children.get(node, ()))]
+        node, branch, indent = waiting.pop()
+        yield node, branch
+        children = topology.children.get(node, ())
+        for child in reversed(children):
+            if node == topology.top:
+                waiting.append((child, "", ""))
+            else:
+                last = child == children[-1]
+                waiting.append((child, indent + ("└ " if last else "├ "), indent + ("  " if last else "│ ")))
 
 
 def _shortened(name: str, most: int = 24) -> str:
@@ -135,22 +144,27 @@ def _draw_meetings(axis: Any, found: Plan) -> None:
             dark = _luminance(colours[steps[0]]) < 0.5
             axis.text(other, one, text, ha="center", va="center", fontsize=7, color="white" if dark else "black")
     if cells <= 32:
-        ticks = np.arange(cells)
-        axis.set_xticks(ticks, order, fontsize=8 if cells <= 16 else 6)
-        axis.set_yticks(ticks, order, fontsize=8 if cells <= 16 else 6)
-    else:
+        ticks = range(0, cells, 1 if cells <= 16 else 2)
+        axis.set_xticks(ticks, [order[i] for i in ticks], fontsize=8)
+        axis.set_yticks(ticks, [order[i] for i in ticks], fontsize=8)
+    else:  # places along the tree
         axis.tick_params(labelsize=8)
         axis.xaxis.set_major_formatter(lambda value, _: f"{value * block:,.0f}")
         axis.yaxis.set_major_formatter(lambda value, _: f"{value * block:,.0f}")
     for edge in _rack_edges(topology, order):
         axis.axhline(edge / block - 0.5, color="black", linewidth=0.8)
         axis.axvline(edge / block - 0.5, color="black", linewidth=0.8)
-    axis.set_xlabel("rank" if order == [*range(n)] else "rank, along the tree", fontsize=8)
-    blocks = f", blocks of {block} neighbours" if block > 1 else ""
-    axis.set_title(f"who meets whom: the first step at which they do{blocks}", fontsize=10)
+    axis.set_xlabel(_rank_label(order, cells), fontsize=8)
+    axis.set_title(f"the step at which {'ranks' if block == 1 else f'blocks of {block} ranks'} first meet", fontsize=10)
     bar = axis.figure.colorbar(image, ax=axis, ticks=range(len(period)), aspect=25)
     bar.set_label("step (white: never)", fontsize=8)
     bar.ax.tick_params(labelsize=8, length=0)
+
+
+def _rank_label(order: Sequence[int], cells: int) -> str:
+    if order == [*range(len(order))]:
+        return "rank"
+    return "rank, along the tree" if cells <= 32 else "place of the rank along the tree"
 
 
 def _meet(groups: Round, place: Ints) -> Any:
@@ -185,17 +199,25 @@ def _draw_errors(axis: Any, found: Plan) -> None:
     end = 1.08 * max(end, min(found.alternatives[0].seconds, 8 * end))
     colours = ("black", *(_COLOURS[i] for i in (5, 1, 3, 7, 0, 2)), _COLOURS[4])
     styles = ("-", "--", ":", "-.", "--", "-", "-")
-    for i, (option, (times, errors)) in enumerate(zip(options, curves, strict=True)):
-        planned = option is found.best
+    labels: dict[int, str] = {}
+    for i, option in enumerate(options):
+        same = next((j for j in labels if _coincide(curves[i], curves[j], 0.003 * end)), None)
+        if same is None:
+            labels[i] = f"{option.name} (the plan)" if option in found.alternatives and i == 0 else option.name
+        else:
+            far = len(labels[same].splitlines()[-1]) + len(option.name) > 75
+            labels[same] += f" ={chr(10) if far else ' '}{option.name}"
+    for i, label in labels.items():
+        times, errors = curves[i]
         axis.step(
             [*times, end * 2],
             [*errors, errors[-1]],
             where="post",
             color=colours[i],
             linestyle=styles[i % len(styles)],
-            linewidth=2.4 if planned else 1.4,
-            zorder=3 if planned else 2,
-            label=f"{option.name} (the plan)" if planned and option in found.alternatives else option.name,
+            linewidth=1.4 if i else 2.4,
+            zorder=2 if i else 3,
+            label=label,
         )
     axis.set_yscale("log")
     axis.set_ylim(_LOWEST, 2)
@@ -204,7 +226,8 @@ def _draw_errors(axis: Any, found: Plan) -> None:
     axis.tick_params(labelsize=8)
     axis.grid(color="#dddddd", linewidth=0.5)
     axis.set_title("consensus error of replicas that start with unit variance, without noise", fontsize=10)
-    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2, fontsize=8, frameon=False)
+    columns = 1 if any(len(label) > 40 for label in labels.values()) else 2
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=columns, fontsize=8, frameon=False)
 
 
 def _curve(option: Option, n: int) -> tuple[list[float], list[float]]:
@@ -221,6 +244,14 @@ def _curve(option: Option, n: int) -> tuple[list[float], list[float]]:
         values = period[(len(errors) - 1) % len(period)].means(values)
         errors.append(max(float((values**2).sum()) / start, _LOWEST / 100))
     return [t * option.seconds for t in range(len(errors))], errors
+
+
+def _coincide(one: tuple[list[float], list[float]], other: tuple[list[float], list[float]], difference: float) -> bool:
+    """Whether two curves could not be told apart."""
+    return len(one[0]) == len(other[0]) and all(
+        abs(t - s) <= difference and abs(d / e - 1) < 0.01
+        for t, s, d, e in zip(one[0], other[0], one[1], other[1], strict=True)
+    )
 
 
 def _time_to(error: float, times: Sequence[float], errors: Sequence[float]) -> float:
