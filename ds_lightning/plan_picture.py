@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,9 @@ def draw(found: Plan, about: str, path: Path) -> None:
     _draw_links(left.subplots(), found)
     _draw_meetings(upper, found)
     _draw_errors(lower, found)
-    figure.savefig(path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # names in letters that the font lacks
+        figure.savefig(path)
 
 
 def _draw_links(axis: Any, found: Plan) -> None:
@@ -64,7 +67,7 @@ def _draw_links(axis: Any, found: Plan) -> None:
     axis.set_yticks(np.arange(len(rows)) + 0.5, [label for _, label in rows])
     axis.tick_params(axis="y", length=0)
     for label in axis.get_yticklabels():
-        label.set(family="monospace", fontsize=9 if len(rows) <= 24 else 7.5)
+        label.set(family="monospace", fontsize=9 if len(rows) <= 24 else 7.5, parse_math=False)
     axis.xaxis.tick_top()
     axis.xaxis.set_label_position("top")
     axis.set_xlabel("step of the period, and seconds that its busiest link is busy", fontsize=9)
