@@ -176,9 +176,7 @@ class _Search:
         """What budgets lead to."""
         by_distance = self.network.world_size <= _CHOSEN_RANKS
         seeds = range(self.seed, self.seed + (_TRIES if self.network.world_size <= _TRIED_RANKS else 1))
-        for (narrow, wide, every), seed in itertools.product(
-            self._budgets(self.network.world_size <= _THOROUGH_RANKS), seeds
-        ):
+        for (narrow, wide, every), seed in itertools.product(self._budgets(self.network.world_size <= _THOROUGH_RANKS), seeds):
             chooser = _Chooser(self.network, seed)
             allowed = [self._allowed(wide), *[self._allowed(narrow)] * (every - 1)]
             # Those chosen by distance depend on what came before, and where the period is cut makes a difference.
