@@ -239,8 +239,8 @@ def _exact_error(schedule: Sequence[Round], n: int) -> float:
             covariance = groups.means(groups.means(covariance + noise).T)
             errors.append(float(np.trace(covariance)) / n)
         error = float(np.mean(errors))
-        if error - before <= 1e-6 * error:
-            return error
+        if error - before <= 1e-6 * max(error, 1e-6):  # what should be 0 may be -1e-17
+            return error if error > 1e-9 else 0.0
         before = error
 
 

@@ -1,0 +1,272 @@
+"""``python -m ds_lightning plan``: a schedule for a described network as a table, a picture and a file to load."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from typing_extensions import override
+
+from ds_lightning.cost import rounds
+from ds_lightning.planner import BLIND_PAIRS, Option, Plan, plan
+from ds_lightning.schedule import Partition, schedule_period
+from ds_lightning.topology import Topology
+from ds_lightning.wire import WIRE_DTYPES, wire_bytes
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
+_MOST_PARAMETERS = 10**15
+_LONGEST_COMPUTE = 1e6
+# Up to so many ranks the groups of each step are listed, and traffic for so many switches.
+_LISTED_RANKS = 32
+_LISTED_SWITCHES = 16
+
+
+@dataclass(frozen=True)
+class Figures:
+    """An option in the table.
+
+    Attributes:
+        name: For people.
+        seconds: Mean time of a step.
+        times_faster: Than DDP's ring in rank order.
+        error: Steady consensus error; ``None``: it grows for ever.
+        error_to_pairs: Relative to that of blind pairs; ``None`` where theirs is 0 or this one grows for ever.
+        busiest_link: The link (of the node of that name) that is busy longest, for schedules.
+        busy_seconds: How long it is, on average over the steps of a period.
+        is_plan: Whether the plan is this one.
+    """
+
+    name: str
+    seconds: float
+    times_faster: float
+    error: float | None
+    error_to_pairs: float | None
+    busiest_link: str | None
+    busy_seconds: float | None
+    is_plan: bool
+
+
+def figures(found: Plan) -> list[Figures]:
+    """Those of the plan, if it is none of the alternatives, and of these."""
+    options = [*([] if found.best in found.alternatives else [found.best]), *found.alternatives]
+    pairs = next(option.error for option in options if option.name == BLIND_PAIRS)
+    return [_figures(found, option, pairs) for option in options]
+
+
+def _figures(found: Plan, option: Option, pairs: float) -> Figures:
+    link = busy = None
+    if option.schedule is not None:
+        period = rounds(option.schedule)
+        traffic = sum(found.network.traffic(groups) for groups in period) / len(period)
+        seconds = traffic * found.network.seconds_per_byte * found.size
+        link, busy = found.network.nodes[int(seconds.argmax())], float(seconds.max())
+    return Figures(
+        name=option.name,
+        seconds=option.seconds,
+        times_faster=found.alternatives[0].seconds / option.seconds,
+        error=option.error if math.isfinite(option.error) else None,
+        error_to_pairs=option.error / pairs if pairs and math.isfinite(option.error) else None,
+        busiest_link=link,
+        busy_seconds=busy,
+        is_plan=option == found.best,
+    )
+
+
+def main(argv: list[str]) -> int:
+    """Run the command and return its exit code: 2 for wrong input, after one line that says what is wrong."""
+    try:
+        _run(_parse(argv))
+    except (OSError, ValueError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _run(args: argparse.Namespace) -> None:
+    try:
+        from rich.console import Console
+
+        from ds_lightning.plan_picture import draw
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in ("matplotlib", "rich"):
+            raise
+        hint = 'pip install "ds_lightning[recipes]"'
+        raise ValueError(f"`plan` draws and prints with {missing}, which is not installed. HINT: {hint}.") from None
+    topology = Topology.from_yaml(args.topology)
+    if len(topology.hosts) < 2:
+        raise ValueError(f"{args.topology}: one host alone has no network to plan for. HINT: list all hosts.")
+    _check_output(args.output)
+    print(topology, flush=True)
+    size = max(1.0, wire_bytes(args.parameters, WIRE_DTYPES[args.wire]))
+    console = Console(highlight=False, markup=False)
+    if not console.is_terminal:
+        console.width = max(console.width, 120)
+    with console.status("Planning ..."):
+        found = plan(topology, size, args.compute, not args.no_overlap, args.seed)
+    about = (
+        f"{topology.world_size:,} ranks on {len(topology.hosts):,} hosts, {size / 1e6:,.4g} MB on the wire "
+        f"({args.wire}), {found.compute:g} s of compute{', overlapped' if found.overlap else ', not overlapped'}"
+    )
+    table = figures(found)
+    print(f"\n{about}")
+    console.print(_table(table))
+    print(found.verdict)
+    for line in _details(found):
+        print(line)
+    folder = _new_folder(args.output)
+    (folder / "plan.json").write_text(_json(found, table, args), encoding="utf-8")
+    with console.status("Drawing ..."):
+        draw(found, about, folder / "plan.png")
+    print(f"\n{folder / 'plan.json'}\n{folder / 'plan.png'}")
+
+
+def _table(rows: list[Figures]) -> Table:
+    from rich.table import Table
+
+    table = Table()
+    table.add_column("")
+    for column in ("s / step", "x DDP's speed", "error", "error / pairs'"):
+        table.add_column(column, justify="right")
+    table.add_column("busiest link")
+    table.add_column("busy s / step", justify="right")
+    for row in rows:
+        table.add_row(
+            f"> {row.name}" if row.is_plan else f"  {row.name}",
+            f"{row.seconds:.3g}",
+            f"{row.times_faster:.2f}",
+            "grows" if row.error is None else f"{row.error:.2f}",
+            "" if row.error_to_pairs is None else f"{row.error_to_pairs:.2f}",
+            row.busiest_link or "",
+            "" if row.busy_seconds is None else f"{row.busy_seconds:.3g}",
+            style="bold" if row.is_plan else None,
+        )
+    table.caption = ">: the plan. error: steady consensus error in units of a step's own noise; DDP's replicas agree."
+    table.caption_justify = "left"
+    return table
+
+
+def _details(found: Plan) -> Iterator[str]:
+    """The groups of each step, where there are few ranks, and what crosses the links of switches."""
+    network, schedule = found.network, found.schedule
+    partitions = [schedule.partition(t) for t in range(schedule_period(schedule))]
+    if network.world_size <= _LISTED_RANKS:
+        yield f"\nGroups of the {len(partitions)} steps of the period:"
+        for t, partition in enumerate(partitions):
+            yield f"  step {t}: {_compactly(partition)}"
+    switches = set(found.topology.switches)
+    shown = [i for i, node in enumerate(network.nodes) if node in switches]
+    if not shown:
+        return
+    traffic = [network.traffic(groups) for groups in rounds(schedule)]
+    busiest = {i: network.seconds_per_byte[i] * sum(step[i] for step in traffic) for i in shown}
+    listed = sorted(shown, key=lambda i: -busiest[i])[:_LISTED_SWITCHES]
+    width = max(len(network.nodes[i]) for i in listed)
+    yield "\nModels that cross the links of switches at each step, per direction:"
+    for i in sorted(listed):
+        yield f"  {network.nodes[i]:<{width}} " + "".join(f"{step[i]:7.4g}" for step in traffic)
+    if len(listed) < len(shown):
+        yield f"  ... {len(shown) - len(listed)} more, no busier"
+
+
+def _compactly(partition: Partition) -> str:
+    together = [f"{{{','.join(map(str, group))}}}" for group in partition if len(group) > 1]
+    alone = [str(rank) for group in partition if len(group) == 1 for rank in group]
+    return " ".join([*together, *alone, *(["alone"] if alone else [])])
+
+
+def _json(found: Plan, table: list[Figures], args: argparse.Namespace) -> str:
+    content: dict[str, Any] = {
+        "topology": found.topology.to_yaml(),
+        "parameters": args.parameters,
+        "wire": args.wire,
+        "size": found.size,
+        "compute": found.compute,
+        "overlap": found.overlap,
+        "seed": args.seed,
+        "verdict": found.verdict,
+        "ddp_is_better": found.ddp_is_better,
+        "options": [asdict(row) for row in table],
+        "partitions": [found.schedule.partition(t) for t in range(schedule_period(found.schedule))],
+    }
+    return "{\n" + ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in content.items()) + "\n}\n"
+
+
+class _Parser(argparse.ArgumentParser):
+    @override
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}. HINT: see {self.prog} --help.")
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = _Parser(prog="python -m ds_lightning plan", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--topology", type=Path, required=True, metavar="FILE", help="YAML of hosts, switches, links")
+    parser.add_argument(
+        "--parameters", type=_parameters, required=True, help="of the model, and float buffers: 110M, 1.5B, 25k, 123456"
+    )
+    parser.add_argument(
+        "--compute", type=_seconds, default=0.0, help="seconds of forward and backward (0: the wire alone counts)"
+    )
+    parser.add_argument("--wire", choices=WIRE_DTYPES, default="fp32", help="dtype in which models travel (fp32)")
+    parser.add_argument("--no-overlap", action="store_true", help="average after the optimizer step, not meanwhile")
+    parser.add_argument("--seed", type=int, default=0, help="of choices among equals (0)")
+    parser.add_argument("--output", type=Path, default=Path("outputs"), metavar="FOLDER", help="for files (outputs)")
+    return parser.parse_args(argv)
+
+
+def _parameters(text: str) -> int:
+    match = re.fullmatch(r"([0-9][0-9_]*(?:\.[0-9]*)?|\.[0-9]+)(e[0-9]{1,2})?([kmbgt]?)", text.strip().lower())
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of parameters; write one like 110M, 1.5B or 123456")
+    number = round(Fraction(match[1].rstrip(".") + (match[2] or "")) * _SUFFIXES[match[3]])
+    if not 1 <= number <= _MOST_PARAMETERS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not between 1 and {_MOST_PARAMETERS:g} parameters")
+    return number
+
+
+def _seconds(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds; write one like 0.35") from None
+    if not 0 <= number <= _LONGEST_COMPUTE:
+        raise argparse.ArgumentTypeError(f"{text!r} is not between 0 and {_LONGEST_COMPUTE:g} seconds")
+    return number
+
+
+def _check_output(output: Path) -> None:
+    """A ``ValueError`` if no folder can be made there: now, not after planning."""
+    place = output / "plan"
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise ValueError(f"--output {output}: {place} is a file. HINT: name a folder.")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ValueError(f"--output {output}: {place} is not writable. HINT: name another folder.")
+
+
+def _new_folder(output: Path) -> Path:
+    name = time.strftime("%Y-%m-%d_%H-%M-%S")
+    for number in range(1, 1000):
+        folder = output / "plan" / (name if number == 1 else f"{name}_{number}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            if not folder.is_dir():
+                raise
+        else:
+            return folder
+    raise FileExistsError(f"{folder} is there already, and all others. HINT: name another --output.")
