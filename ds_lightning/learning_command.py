@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -165,6 +166,7 @@ def picture(runs: Runs, path: Path, title: str) -> None:
     """Accuracy and consensus distance against the step: each schedule at its best rate, mean and range of seeds."""
     require("matplotlib").use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     best = best_rates(runs)
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
@@ -180,7 +182,7 @@ def picture(runs: Runs, path: Path, title: str) -> None:
             style = {"color": f"C{i}", "linestyle": ("-", "--", "-.", ":")[i % 4]}
             name = f"{schedule}, lr {lr:g}"
             if not any(high):  # has no place on a log scale
-                axis.plot([], [], label=f"{name}: 0", **style)
+                axis.plot([], [], label=f"{name} (always 0)", **style)
                 continue
             axis.plot(steps, mean, label=name, **style)
             axis.fill_between(steps, low, high, color=f"C{i}", alpha=0.15, linewidth=0)
@@ -190,7 +192,11 @@ def picture(runs: Runs, path: Path, title: str) -> None:
     # The first steps would squeeze all others into a corner.
     late = [p.accuracy for _, results in best.values() for r in results for p in r.curve[len(r.curve) // 5 :]]
     axes[0].set_ylim(bottom=max(0.0, 100 * min(late) - 2))
-    axes[1].set_yscale("log")
+    if any(0 < p.distance < math.inf for _, results in best.values() for r in results for p in r.curve):
+        axes[1].set_yscale("log")
+        axes[1].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes[1].yaxis.set_major_formatter("{x:g}")
+        axes[1].yaxis.set_minor_formatter(NullFormatter())
     figure.suptitle(title, fontsize="medium")
     figure.savefig(path, dpi=130)
     plt.close(figure)

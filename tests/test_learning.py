@@ -354,6 +354,15 @@ def test_the_command_writes_a_table_a_csv_and_a_picture(tmp_path, capsys):
     assert (folder / "learning.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "words", [["--lr", "1e30"], ["--schedules", "bsp", "--seeds", "1"]], ids=["diverges", "bsp alone"]
+)
+def test_what_has_no_consensus_distance_is_drawn(words, tmp_path, capsys):
+    assert main([*SHORT, *words, "--output", str(tmp_path)]) == 0
+    assert len(list(tmp_path.glob("learning/*/learning.png"))) == 1
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
