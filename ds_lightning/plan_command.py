@@ -8,15 +8,13 @@ import math
 import os
 import re
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from typing_extensions import override
-
+from ds_lightning.command import Parser, dated_folder, require
 from ds_lightning.cost import rounds
 from ds_lightning.planner import BLIND_PAIRS, Option, Plan, plan
 from ds_lightning.schedule import Partition, schedule_period
@@ -96,16 +94,12 @@ def main(argv: list[str]) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
-    try:
-        from rich.console import Console
+    for module in ("matplotlib", "rich"):
+        require(module)
+    from rich.console import Console
 
-        from ds_lightning.plan_picture import draw
-    except ModuleNotFoundError as error:
-        missing = (error.name or "").partition(".")[0]
-        if missing not in ("matplotlib", "rich"):
-            raise
-        hint = 'pip install "ds_lightning[recipes]"'
-        raise ValueError(f"`plan` draws and prints with {missing}, which is not installed. HINT: {hint}.") from None
+    from ds_lightning.plan_picture import draw
+
     topology = Topology.from_yaml(args.topology)
     if len(topology.hosts) < 2:
         raise ValueError(f"{args.topology}: one host alone has no network to plan for. HINT: list all hosts.")
@@ -127,7 +121,7 @@ def _run(args: argparse.Namespace) -> None:
     print(found.verdict)
     for line in _details(found):
         print(line)
-    folder = _new_folder(args.output)
+    folder = dated_folder(args.output / "plan")
     (folder / "plan.json").write_text(_json(found, table, args), encoding="utf-8")
     with console.status("Drawing ..."):
         draw(found, about, folder / "plan.png")
@@ -205,14 +199,8 @@ def _json(found: Plan, table: list[Figures], args: argparse.Namespace) -> str:
     return "{\n" + ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in content.items()) + "\n}\n"
 
 
-class _Parser(argparse.ArgumentParser):
-    @override
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}. HINT: see {self.prog} --help.")
-
-
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = _Parser(prog="python -m ds_lightning plan", description=__doc__, allow_abbrev=False)
+    parser = Parser("plan", "Finds a schedule for a described network: a table, a picture and a file to load.")
     parser.add_argument("--topology", type=Path, required=True, metavar="FILE", help="YAML of hosts, switches, links")
     parser.add_argument(
         "--parameters", type=_parameters, required=True, help="of the model, and float buffers: 110M, 1.5B, 25k, 123456"
@@ -256,17 +244,3 @@ def _check_output(output: Path) -> None:
         raise ValueError(f"--output {output}: {place} is a file. HINT: name a folder.")
     if not os.access(place, os.W_OK | os.X_OK):
         raise ValueError(f"--output {output}: {place} is not writable. HINT: name another folder.")
-
-
-def _new_folder(output: Path) -> Path:
-    name = time.strftime("%Y-%m-%d_%H-%M-%S")
-    for number in range(1, 1000):
-        folder = output / "plan" / (name if number == 1 else f"{name}_{number}")
-        try:
-            folder.mkdir(parents=True)
-        except FileExistsError:
-            if not folder.is_dir():
-                raise
-        else:
-            return folder
-    raise FileExistsError(f"{folder} is there already, and all others. HINT: name another --output.")

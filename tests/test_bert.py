@@ -25,8 +25,8 @@ from omegaconf import OmegaConf
 from torchmetrics.text import SQuAD
 from transformers import RobertaConfig, RobertaForQuestionAnswering
 
+from ds_lightning.shards import shards
 from recipes.bert import QuestionAnswering, decode, pretrained, tiny
-from recipes.data import shards
 from recipes.docs import RULES, Docs, documentation, split, trivial_rules
 from recipes.squad import (
     Squad,

@@ -33,12 +33,20 @@ def run(tmp_path, capsys):
 
     def run(text, *options, output=tmp_path / "out"):
         (tmp_path / "cluster.yaml").write_text(text)
-        code = main(["--topology", str(tmp_path / "cluster.yaml"), "--output", str(output), *options])
+        code = code_of(["--topology", str(tmp_path / "cluster.yaml"), "--output", str(output), *options])
         printed = capsys.readouterr()
         folders = [*output.glob("plan/*")] if output.is_dir() else []
         return code, printed, max(folders, default=None)
 
     return run
+
+
+def code_of(argv):
+    """argparse leaves by SystemExit."""
+    try:
+        return main(argv)
+    except SystemExit as end:
+        return end.code
 
 
 def error_of(result):
@@ -112,7 +120,7 @@ def test_files_that_are_wrong(run, tmp_path, capsys):
     assert "one host alone has no network to plan for" in error_of(run(alone, *options))
     (tmp_path / "bytes").write_bytes(b"\xff\xfe\x00")
     for path, message in [("none.yaml", "no topology"), (".", "directory"), ("bytes", "UTF-8")]:
-        code = main(["--topology", str(tmp_path / path), *options])
+        code = code_of(["--topology", str(tmp_path / path), *options])
         assert message in error_of((code, capsys.readouterr(), None))
 
 

@@ -18,7 +18,8 @@ from torch import nn
 from torch.utils.data import DistributedSampler, TensorDataset
 from torchvision.datasets import CIFAR10, CIFAR100
 
-from recipes.data import RecipeData, ResumableLoader, Shuffle, even_batch_size, shards
+from ds_lightning.shards import shards
+from recipes.data import RecipeData, ResumableLoader, Shuffle, even_batch_size
 from recipes.images import CIFAR_STATISTICS, Cifar, Digits, ImageNet
 from recipes.task import cosine_decay, linear_decay
 from recipes.wide_resnet import ImageClassifier, timm_model, wide_resnet
@@ -108,7 +109,7 @@ def test_shards_by_label_hold_few_labels_and_a_dirichlet_as_many_as_its_paramete
     "partition", ["byy_label", "dirichlet", "dirichlet:0", "dirichlet:x", "dirichlet:inf", "iid:1"]
 )
 def test_a_partition_that_does_not_exist_is_refused(partition):
-    with pytest.raises(ValueError, match=r"data\.partition is .* but must be iid, by_label or dirichlet:ALPHA.*HINT"):
+    with pytest.raises(ValueError, match=r"partition=.* must be iid, by_label or dirichlet:ALPHA.*HINT"):
         Digits(16, partition=partition)
 
 
