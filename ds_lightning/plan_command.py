@@ -113,7 +113,7 @@ def _run(args: argparse.Namespace) -> None:
         found = plan(topology, size, args.compute, not args.no_overlap, args.seed)
     about = (
         f"{topology.world_size:,} ranks on {len(topology.hosts):,} hosts, {size / 1e6:,.4g} MB on the wire "
-        f"({args.wire}), {found.compute:g} s of compute{', overlapped' if found.overlap else ', not overlapped'}"
+        f"({args.wire}), {found.compute:.3g} s of compute{', overlapped' if found.overlap else ', not overlapped'}"
     )
     table = figures(found)
     print(f"\n{about}")
@@ -206,7 +206,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "--parameters", type=_parameters, required=True, help="of the model, and float buffers: 110M, 1.5B, 25k, 123456"
     )
     parser.add_argument(
-        "--compute", type=_seconds, default=0.0, help="seconds of forward and backward (0: the wire alone counts)"
+        "--compute", type=_seconds, help="seconds of forward and backward; left out: as long as two hosts need to swap"
     )
     parser.add_argument("--wire", choices=WIRE_DTYPES, default="fp32", help="dtype in which models travel (fp32)")
     parser.add_argument("--no-overlap", action="store_true", help="average after the optimizer step, not meanwhile")
