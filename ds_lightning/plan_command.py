@@ -7,7 +7,6 @@ import json
 import math
 import os
 import re
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from fractions import Fraction
@@ -84,12 +83,13 @@ def _figures(found: Plan, option: Option, pairs: float) -> Figures:
 
 
 def main(argv: list[str]) -> int:
-    """Run the command and return its exit code: 2 for wrong input, after one line that says what is wrong."""
+    """The command; wrong input ends it, after one line that says what is wrong."""
+    parser = _parser()
+    args = parser.parse_args(argv)
     try:
-        _run(_parse(argv))
+        _run(args)
     except (OSError, ValueError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        parser.error(str(error))
     return 0
 
 
@@ -199,7 +199,7 @@ def _json(found: Plan, table: list[Figures], args: argparse.Namespace) -> str:
     return "{\n" + ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in content.items()) + "\n}\n"
 
 
-def _parse(argv: list[str]) -> argparse.Namespace:
+def _parser() -> Parser:
     parser = Parser("plan", "Finds a schedule for a described network: a table, a picture and a file to load.")
     parser.add_argument("--topology", type=Path, required=True, metavar="FILE", help="YAML of hosts, switches, links")
     parser.add_argument(
@@ -212,7 +212,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--no-overlap", action="store_true", help="average after the optimizer step, not meanwhile")
     parser.add_argument("--seed", type=int, default=0, help="of choices among equals (0)")
     parser.add_argument("--output", type=Path, default=Path("outputs"), metavar="FOLDER", help="for files (outputs)")
-    return parser.parse_args(argv)
+    return parser
 
 
 def _parameters(text: str) -> int:
