@@ -111,9 +111,10 @@ def _run(args: argparse.Namespace) -> None:
         console.width = max(console.width, 120)
     with console.status("Planning ..."):
         found = plan(topology, size, args.compute, not args.no_overlap, args.seed)
+    compute = "unknown compute" if found.compute is None else f"{found.compute:g} s of compute"
     about = (
         f"{topology.world_size:,} ranks on {len(topology.hosts):,} hosts, {size / 1e6:,.4g} MB on the wire "
-        f"({args.wire}), {found.compute:.3g} s of compute{', overlapped' if found.overlap else ', not overlapped'}"
+        f"({args.wire}), {compute}{', overlapped' if found.overlap else ', not overlapped'}"
     )
     table = figures(found)
     print(f"\n{about}")
@@ -206,7 +207,9 @@ def _parser() -> Parser:
         "--parameters", type=_parameters, required=True, help="of the model, and float buffers: 110M, 1.5B, 25k, 123456"
     )
     parser.add_argument(
-        "--compute", type=_seconds, help="seconds of forward and backward; left out: as long as two hosts need to swap"
+        "--compute",
+        type=_seconds,
+        help="seconds of forward and backward; left out: the mean of none and as long as two hosts need to swap models",
     )
     parser.add_argument("--wire", choices=WIRE_DTYPES, default="fp32", help="dtype in which models travel (fp32)")
     parser.add_argument("--no-overlap", action="store_true", help="average after the optimizer step, not meanwhile")

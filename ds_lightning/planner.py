@@ -16,6 +16,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from statistics import mean
 
 import numpy as np
 
@@ -66,7 +67,7 @@ class Plan:
     Attributes:
         topology: The network.
         size: Bytes of the model on the wire.
-        compute: Seconds of forward and backward.
+        compute: Seconds of forward and backward; ``None``: not known.
         overlap: Whether averages run during them.
         best: The schedule that was planned.
         alternatives: What else there is, DDP in rank order first.
@@ -74,7 +75,7 @@ class Plan:
 
     topology: Topology
     size: float
-    compute: float
+    compute: float | None
     overlap: bool
     best: Option
     alternatives: tuple[Option, ...]
@@ -137,8 +138,8 @@ def plan(topology: Topology, size: float, compute: float | None = None, overlap:
     Args:
         topology: The network and its ranks.
         size: Bytes of the model on the wire: parameters and float buffers in the wire's dtype.
-        compute: Seconds of forward and backward of a step. ``None``: not known; taken to be what the fastest hosts need
-            to swap models, which is the least that hides the averages of pairs.
+        compute: Seconds of forward and backward of a step. ``None``: not known. All times are then means of
+            those without any and those with what the fastest hosts need to swap models, which just hides pairs'.
         overlap: Whether averages run during them.
         seed: Of choices among equals.
 
@@ -159,7 +160,7 @@ def plan(topology: Topology, size: float, compute: float | None = None, overlap:
     options = [option for option in (*known, *search.followed(most_error)) if option.error <= most_error]
     fastest = min(option.seconds for option in options)
     best = min((o for o in options if o.seconds <= SAME_TIME * fastest), key=lambda o: (round(o.error, 6), o.seconds))
-    return Plan(topology, float(size), search.compute, overlap, best, alternatives)
+    return Plan(topology, float(size), compute, overlap, best, alternatives)
 
 
 def _check_number(name: str, value: float, least: float) -> None:
@@ -172,16 +173,16 @@ _LOCAL_STEPS = 4
 
 
 def _alternatives(search: _Search) -> Iterator[Option]:
-    network, size, compute = search.network, search.size, search.compute
+    network, size = search.network, search.size
     n = network.world_size
     in_rank_order = network.ring_seconds(range(n), size)
-    yield Option("DDP, ring in rank order", ddp_step_seconds(in_rank_order, compute), 0.0)
+    yield Option("DDP, ring in rank order", search.ddp_seconds(in_rank_order), 0.0)
     in_rack_order = network.ring_seconds(network.ordered_ranks(), size)
-    yield Option("DDP, ring in rack order", ddp_step_seconds(in_rack_order, compute), 0.0)
-    yield Option("DDP, hierarchical", ddp_step_seconds(network.hierarchical_seconds(size), compute), 0.0)
+    yield Option("DDP, ring in rack order", search.ddp_seconds(in_rack_order), 0.0)
+    yield Option("DDP, hierarchical", search.ddp_seconds(network.hierarchical_seconds(size)), 0.0)
     # Between two averages replicas take 0, 1, ... steps apart from each other.
     apart = (_LOCAL_STEPS - 1) / 2 * (1 - 1 / n)
-    yield Option(f"local SGD, every {_LOCAL_STEPS} steps", compute + in_rank_order / _LOCAL_STEPS, apart)
+    yield Option(f"local SGD, every {_LOCAL_STEPS} steps", mean(search.computes) + in_rank_order / _LOCAL_STEPS, apart)
     if n > 1:
         yield search.option(BLIND_PAIRS, make_schedule("auto", n, 2))
         topology = network.topology
@@ -197,16 +198,20 @@ class _Search:
         self.network, self.size, self.overlap, self.seed = network, size, overlap, seed
         self.links = network.seconds_per_byte * size  # seconds of one model on each node's link
         self._fastest = float(self.links[np.unique(network.above[0])].min())
-        self.compute = self._fastest if compute is None else float(compute)
+        self.computes = (0.0, self._fastest) if compute is None else (float(compute),)
 
     def option(self, name: str, schedule: Schedule) -> Option:
         """A schedule and its figures."""
         period = rounds(schedule)
         return Option(name, self._seconds(period), steady_error(period), schedule)
 
-    def _seconds(self, period: Sequence[Round]) -> float:
-        arguments = self.network, period, self.size, self.compute, self.overlap
-        return followed_step_seconds(*arguments) if self._follows else step_seconds(*arguments)
+    def _seconds(self, period: Sequence[Round], follow: bool = True) -> float:
+        time = followed_step_seconds if follow and self._follows else step_seconds
+        return mean(time(self.network, period, self.size, compute, self.overlap) for compute in self.computes)
+
+    def ddp_seconds(self, wire: float) -> float:
+        """Of a step of DDP whose all-reduce takes so long."""
+        return mean(ddp_step_seconds(wire, compute) for compute in self.computes)
 
     @property
     def _follows(self) -> bool:
@@ -247,8 +252,7 @@ class _Search:
             for period in periods:
                 schedule = CyclicSchedule(_shortest(partitions[:period]))
                 each = rounds(schedule)
-                seconds = step_seconds(self.network, each, self.size, self.compute, self.overlap)
-                found.append(Option(name, seconds, steady_error(each), schedule))
+                found.append(Option(name, self._seconds(each, follow=False), steady_error(each), schedule))
             yield min(found, key=lambda option: (option.error, option.seconds))
 
     def _allowed(self, budget: float) -> Floats:
@@ -270,8 +274,8 @@ class _Search:
         if len(base) > kinds:  # measured links are all different
             base = [base[round(i * (len(base) - 1) / (kinds - 1))] for i in range(kinds)]
         wide = narrow = sorted({b * factor for b in base for factor in factors})
-        if self.overlap and self.compute > narrow[0]:
-            narrow = sorted({self.compute, *(b for b in narrow if b > self.compute)})  # less would save no time
+        if self.overlap and min(self.computes) > narrow[0]:  # less would save no time
+            narrow = sorted({min(self.computes), *(b for b in narrow if b > min(self.computes))})
         found = [(budget, budget, 1) for budget in narrow]
         for budget, wider, every in itertools.product((0.0, *narrow), wide, everies):
             if wider > 1.05 * budget:

@@ -196,7 +196,8 @@ class DSSyncStrategy(DDPStrategy):
             # torch replaces the thread pool it inherited at the first use, which two threads at once do not survive.
             torch.set_num_threads(torch.get_num_threads())
         error = None
-        if self.world_size > 1 and self.topology is None:
+        planned = isinstance(self.schedule, str) and self.schedule == "topology"  # once the hosts are known
+        if self.world_size > 1 and not planned:
             try:
                 make_schedule(self.schedule, self.world_size, self.group_size, self.seed)
             except ValueError as e:

@@ -17,6 +17,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import nn
 
 from ds_lightning import DSSyncStrategy, GridSchedule, ShuffleSchedule
+from ds_lightning.topology import Topology
 from tests.ranks import QUIET, run_ranks
 
 LIMIT = 5.0
@@ -84,7 +85,13 @@ class Users:
         ({"group_size": None}, "group_size=None is not an int"),
         ({"group_size": np.array([2, 2])}, r"group_size=array\(\[2, 2\]\) is not an int but a ndarray"),
         ({"schedule": "gird"}, "schedule='gird' is unknown. HINT: use one of 'auto', 'grid', 'shuffle'"),
-        ({"schedule": "topology"}, "schedule='topology' is not implemented yet"),
+        ({"schedule": "topology"}, "schedule='topology' needs a description of the network, but topology=None"),
+        ({"schedule": "topology", "topology": 3}, "topology=3 is no path and no Topology"),
+        (
+            {"schedule": "topology", "topology": "none.yaml"},
+            "topology='none.yaml' cannot be read: there is no topology",
+        ),
+        ({"schedule": "topology", "topology": "probe"}, "topology='probe' is not implemented yet"),
         ({"schedule": 3}, "schedule=3 is no schedule: it needs `world_size`"),
         ({"schedule": None}, "schedule=None is no schedule"),
         ({"wire_dtype": "bf17"}, "wire_dtype='bf17' is not supported. HINT: use None"),
@@ -162,6 +169,10 @@ def test_other_strategies_options_given_as_none_are_fine():
         ),
         ({"schedule": Users(world_size=2, period=10**10)}, "period of the schedule=10000000000 is too large: all"),
         ({"schedule": Users(world_size=2, partition=lambda t: 7)}, "schedule=Users() could not be asked: TypeError"),
+        (
+            {"schedule": "topology", "topology": Topology.flat("abc", bandwidth=1)},
+            "and 3 ranks of its own where the world size is 2. HINT: name hosts as `hostname` does",
+        ),
     ],
 )
 def test_refused_once_the_world_size_is_known(options, message):

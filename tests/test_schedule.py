@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ds_lightning.schedule import (
+    CyclicSchedule,
     GridSchedule,
     Schedule,
     ShuffleSchedule,
@@ -251,7 +252,7 @@ def test_bad_sizes(make, arguments, message):
     ("schedule", "message"),
     [
         ("gird", "schedule='gird' is unknown. HINT: use one of 'auto', 'grid', 'shuffle'"),
-        ("topology", "schedule='topology' is not implemented yet"),
+        ("topology", "schedule='topology' needs a network to plan for"),
         (GridSchedule(8, 2), r"is for 8 ranks but the world size is 4. HINT"),
         (object(), "is no schedule: it needs `world_size`"),
     ],
@@ -273,6 +274,32 @@ def test_bad_schedules(schedule, message):
 def test_malformed_partitions(partition, message):
     with pytest.raises(ValueError, match=message):
         check_schedule(Pairs(lambda step: partition))
+
+
+def test_partitions_used_in_turn():
+    schedule = CyclicSchedule([[(3, 0), (1, 2)], [(0,), (1,), (2, 3)]])
+    assert isinstance(schedule, Schedule)
+    assert (schedule.world_size, schedule_period(schedule)) == (4, 2)
+    assert [schedule.partition(t) for t in (0, 3)] == [((0, 3), (1, 2)), ((0,), (1,), (2, 3))]
+    assert [schedule.group(3, t) for t in (0, 1, 2)] == [(0, 3), (2, 3), (0, 3)]
+    check_schedule(schedule)
+    assert repr(schedule) == repr(CyclicSchedule([[(0, 3), (1, 2)], [(0,), (1,), (2, 3)]]))
+    assert repr(schedule) != repr(CyclicSchedule([[(0, 3), (1, 2)], [(0,), (2,), (1, 3)]]))
+
+
+@pytest.mark.parametrize(
+    ("partitions", "message"),
+    [
+        ([], "partitions is empty. HINT: give the groups of one step"),
+        ([[(0, 1), (1, 2)]], "has rank 1 in two groups of step 0"),
+        ([[(0, 1)], [(0,)]], r"leaves out ranks \[1\] at step 1"),
+        ([[(0, 1)], [(0,), (2,)]], r"has rank 2 in group \(2,\) of step 1"),
+        ([[(0, 1.0)]], "rank=1.0 is not an int but a float"),
+    ],
+)
+def test_what_is_no_list_of_partitions(partitions, message):
+    with pytest.raises(ValueError, match=message):
+        CyclicSchedule(partitions)
 
 
 def test_a_schedule_that_contradicts_itself():

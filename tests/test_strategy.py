@@ -21,6 +21,8 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset
 
 from ds_lightning import DSSynchronizer, DSSyncStrategy, GridSchedule, ShuffleSchedule, mixing_matrix
+from ds_lightning.planner import plan
+from ds_lightning.topology import Link, Topology
 from tests.ranks import QUIET, run_ranks
 from tests.reference import Reference, averaged, flat, mix, relative_error
 from tests.test_synchronizer import OPTIMIZERS, batch, make_model
@@ -689,3 +691,58 @@ def test_groups_within_hosts_however_ranks_are_dealt_out(hosts, monkeypatch):
     assert run_ranks(run, 4) == [[mine, mine] for mine in groups]
     if hosts == "abab":
         assert groups[0] == [(0, 1), (0, 2)]
+
+
+def racks(names):
+    """Two racks whose trunk carries what one host sends; the third host is slow."""
+    link = {name: Link(0.1, 0.1) for name in (*names, "r0", "r1")} | {names[2]: Link(0.02, 0.02)}
+    above = {names[0]: "r0", names[1]: "r1", names[2]: "r0", names[3]: "r1", "r0": "top", "r1": "top"}
+    return Topology(above, link, {name: (rank,) for rank, name in enumerate(names)})
+
+
+@pytest.mark.parametrize("hosts", ["dbca", None])
+def test_a_schedule_planned_for_a_network(hosts, tmp_path, monkeypatch):
+    """Ranks are found by the names of their hosts, or else as the file numbers them; all follow one plan."""
+    file = tmp_path / "cluster.yaml"
+    file.write_text(racks("abcd").to_yaml())
+
+    def run(rank, overlap):
+        if hosts:
+            monkeypatch.setattr(socket, "gethostname", lambda: hosts[rank])
+        recorder = Recorder()
+        strategy = DSSyncStrategy(schedule="topology", topology=file, overlap=overlap, timeout=timedelta(seconds=20))
+        trainer = trainer_for(rank, [recorder], strategy)
+        trainer.fit(Net(), DataLoader(RankData(rank, BATCHES), batch_size=None))
+        size = sum(4 * t.numel() for t in averaged(trainer.lightning_module))
+        schedule = strategy._groups.schedule
+        return recorder.values, [schedule.partition(t) for t in range(schedule.period)], size
+
+    network = racks("abcd").with_ranks(hosts or "abcd")
+    for overlap in (True, False):
+        ranks = run_ranks(run, WORLD, overlap)
+        planned = plan(network, ranks[0][2], overlap=overlap).schedule
+        for _, partitions, _ in ranks:
+            assert partitions == [planned.partition(t) for t in range(planned.period)]
+        slow = network.ranks["c"][0]
+        assert any((slow,) in partition for partition in ranks[0][1])
+        reference = Reference(Net, lambda m: m.configure_optimizers(), planned, overlap)
+        for t in range(BATCHES):
+            reference.step(partial(backward, t))
+            for rank, (values, _, _) in enumerate(ranks):
+                assert relative_error(values[t], reference.flat(rank)) < 1e-6
+
+
+def test_a_topology_without_the_schedule_for_it_warns():
+    with pytest.warns(UserWarning, match="topology=.* has no effect with schedule='auto'"):
+        DSSyncStrategy(topology=racks("abcd"))
+
+
+def test_a_group_size_beside_a_plan_warns():
+    def run(rank):
+        strategy = DSSyncStrategy(schedule="topology", topology=racks("abcd"), group_size=2)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer_for(rank, strategy=strategy).fit(Net(), DataLoader(RankData(rank, 2), batch_size=None))
+        return [str(warning.message) for warning in caught]
+
+    assert any("group_size=2 has no effect: CyclicSchedule(" in message for message in run_ranks(run, WORLD)[0])
