@@ -36,9 +36,9 @@ LONGEST_PERIOD = 16
 # Up to here ranks are chosen by how far they are apart (the work grows as N^2) and runs are followed event by event;
 # beyond they are drawn, and the recurrence tells the time.
 _CHOSEN_RANKS = 64
-# Lots decide between equals: up to so many ranks it is worth to draw them more than once.
+# Lots decide between equals: up to so many ranks they are drawn more than once, the more often the fewer budgets.
 _TRIED_RANKS = 16
-_TRIES = 3
+_MOST_TRIES = 8
 # So many schedules at most are followed event by event: those that the recurrence takes to be the fastest.
 _FOLLOWED = 16
 
@@ -227,7 +227,7 @@ class _Search:
             yield from options
             return
         fastest = math.inf
-        for option in options[:_FOLLOWED]:
+        for option in options[: _FOLLOWED if self.network.world_size <= _TRIED_RANKS else _FOLLOWED // 4]:
             assert option.schedule is not None
             if option.seconds > SAME_TIME * fastest:
                 return
@@ -239,13 +239,15 @@ class _Search:
         """What budgets lead to, with the times of the recurrence."""
         n = self.network.world_size
         by_distance = n <= _CHOSEN_RANKS
-        seeds = range(self.seed, self.seed + (_TRIES if n <= _TRIED_RANKS else 1))
-        for (narrow, wide, every), seed in itertools.product(self._budgets(), seeds):
+        budgets = self._budgets()
+        tries = min(max(1, 3200 // (n * len(budgets))), _MOST_TRIES) if n <= _TRIED_RANKS else 1
+        for (narrow, wide, every), seed in itertools.product(budgets, range(self.seed, self.seed + tries)):
             chooser = _Chooser(self.network, seed)
             allowed = [self._allowed(wide), *[self._allowed(narrow)] * (every - 1)]
             # Those chosen by distance depend on what came before, and where the period is cut makes a difference.
-            periods = sorted({-(-length // every) * every for length in ((4, 8, 12) if by_distance else (8,))})
-            settle = -(-LONGEST_PERIOD // every) * every if by_distance else 0
+            lengths = (4, 8, 12) if n <= _TRIED_RANKS else (8,)
+            periods = sorted({-(-length // every) * every for length in lengths})
+            settle = -(-sum(lengths) // every) * every if by_distance else 0
             partitions = [chooser.partition(allowed[t % every]) for t in range(settle + periods[-1])][settle:]
             name = "planned" if every == 1 else f"planned, wider every {every} steps"
             found = []
@@ -265,7 +267,7 @@ class _Search:
         factors: tuple[float, ...]
         everies: tuple[int, ...]
         if self.network.world_size <= _TRIED_RANKS:
-            kinds, factors, everies = 4, (1.0, 1.5, 2.0), (2, 3, 4, 6, 8)  # of pairs, groups of 4, groups of any size
+            kinds, factors, everies = 3, (1.0, 1.5, 2.0), (2, 3, 4, 8)  # of pairs, groups of 4, groups of any size
         elif self.network.world_size <= 1024:
             kinds, factors, everies = 3, (1.0, 2.0), (2, 3, 4)
         else:
@@ -273,7 +275,8 @@ class _Search:
         base = sorted({_rounded_up(seconds) for seconds in self.links if seconds >= self._fastest / 1.05})
         if len(base) > kinds:  # measured links are all different
             base = [base[round(i * (len(base) - 1) / (kinds - 1))] for i in range(kinds)]
-        wide = narrow = sorted({b * factor for b in base for factor in factors})
+        narrow = sorted({b * factor for b in base for factor in factors})
+        wide = sorted({b * factor for b in base for factor in (1.0, 2.0)})
         if self.overlap and min(self.computes) > narrow[0]:  # less would save no time
             narrow = sorted({min(self.computes), *(b for b in narrow if b > min(self.computes))})
         found = [(budget, budget, 1) for budget in narrow]
