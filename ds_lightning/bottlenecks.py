@@ -1,0 +1,208 @@
+"""Which hosts share a bottleneck, inferred from what they can send to each other at the same time. No network in here.
+
+Whoever measures hands in a function: given flows, and how each is to be sent, it says how many bytes per second each
+got while all of them ran. Three phases ask it:
+
+1. **Tournament.** All hosts in pairs at once, both ways, until each has met each other. The most that a host ever sent
+   or got is its own link's rate. A pair that stays well below what its own links could do is *lost*: it shares
+   something with other pairs of its round, so its hosts are in different racks. Pairs inside a rack keep their rate,
+   but so may pairs that cross in a round when few do, and on slow links TCP settles too late to say anything.
+2. **Under load.** Each pair that kept its rate, or has a slow host, meets again at the pace of its own links, while
+   lost pairs load what they share with many connections each. Whoever crosses it, however slow, gets a small share now;
+   who is inside a rack notices nothing. Hosts that keep their rate with each other on the average are a rack.
+3. **Trunks.** All hosts of a rack send to the others at once and get from them: together what the trunk carries. Where
+   that is what their own links can do, nothing holds them up, and the rack is dissolved.
+
+Not found: switches above racks (the tree is a core, racks and hosts); trunks that carry more than about 0.75 of what
+pairs ask of them; racks of one host, which is a host with a slow link; and that a host is faster than all its partners.
+Beyond 16 hosts, each meets 15 others only: racks of fewer than about N/10 hosts may come in parts, or not at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import inf
+from statistics import fmean, median
+from typing import NamedTuple, Protocol
+
+Flow = tuple[int, int]  # from a host to another, by their numbers
+Pair = tuple[int, int]  # the smaller number first
+
+MOST_TOURNAMENT, MOST_LOADED, MOST_TRUNKS = 15, 16, 8
+MOST_ROUNDS = MOST_TOURNAMENT + MOST_LOADED + MOST_TRUNKS
+KEPT = 0.75  # of what its own links could do: less, and a pair is lost
+FREE = 0.85  # of what the hosts of a rack could do together: less, and their trunk is a bottleneck
+LOAD = 8  # connections of a pair that loads: what crosses the same link with one gets a ninth, or less
+MANY = 4  # connections of each pair where the sum counts
+
+
+class Sending(NamedTuple):
+    """How a flow is to be sent.
+
+    Attributes:
+        connections: By how many at once.
+        pace: Bytes per second, at most.
+    """
+
+    connections: int = 1
+    pace: float = inf
+
+
+class Measure(Protocol):
+    """Measures the flows of a window, or of one that is so many times as long."""
+
+    def __call__(self, flows: Mapping[Flow, Sending], windows: int = 1, /) -> dict[Flow, float]:
+        """Bytes per second that each flow got."""
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What was found, in bytes per second.
+
+    Attributes:
+        up: What each host can send.
+        down: What each host can get.
+        racks: Hosts that share a bottleneck towards all others; hosts in none are directly below the core.
+        trunks: What each rack can send and get.
+    """
+
+    up: Sequence[float]
+    down: Sequence[float]
+    racks: Sequence[tuple[int, ...]]
+    trunks: Sequence[tuple[float, float]]
+
+
+def find_bottlenecks(hosts: int, measure: Measure) -> Findings:
+    """Asks ``measure`` at most :data:`MOST_ROUNDS` times what flows among so many hosts (two or more) get."""
+    rounds = [measure(dict.fromkeys(both_ways(pairs), Sending())) for pairs in tournament(hosts)]
+    up = [_usual([rate for rates in rounds for (a, _), rate in rates.items() if a == host]) for host in range(hosts)]
+    down = [_usual([rate for rates in rounds for (_, b), rate in rates.items() if b == host]) for host in range(hosts)]
+
+    def share(rates: dict[Flow, float], pair: Pair) -> float:
+        """What a pair got, of what its own links could do: in the worse direction."""
+        return min(1.0, *(rates[a, b] / min(up[a], down[b]) for a, b in both_ways([pair])))
+
+    shares = {pair: share(rates, pair) for rates in rounds for pair in rates if pair[0] < pair[1]}
+    speed = [min(both) for both in zip(up, down, strict=True)]
+    for tested, loads in _loaded_rounds(shares, speed):
+        paced = {(a, b): Sending(pace=min(up[a], down[b])) for a, b in both_ways(tested)}
+        rates = measure(paced | dict.fromkeys(both_ways(loads), Sending(LOAD)))
+        shares |= {pair: share(rates, pair) for pair in tested}
+
+    racks, trunks = [], []
+    found = _racks(hosts, shares)
+    for i in range(min(len(found), MOST_TRUNKS)):
+        together = found[i::MOST_TRUNKS]
+        inside = {host for rack in together for host in rack}
+        outside = _in_turns([*found, *([h] for h in range(hosts) if not any(h in rack for rack in found)), []], inside)
+        if not outside:
+            continue
+        meetings = {rack: [(h, outside[k % len(outside)]) for k, h in _dealt(rack, len(outside))] for rack in together}
+        flows = both_ways([pair for pairs in meetings.values() for pair in pairs])
+        rates = measure(dict.fromkeys(flows, Sending(MANY)), 2)
+        for rack, pairs in meetings.items():
+            others = {b for _, b in pairs}
+            sent, got = sum(rates[a, b] for a, b in pairs), sum(rates[b, a] for a, b in pairs)
+            could_send = min(sum(up[h] for h in rack), sum(down[h] for h in others))
+            could_get = min(sum(down[h] for h in rack), sum(up[h] for h in others))
+            if sent < FREE * could_send or got < FREE * could_get:
+                racks.append(rack)
+                trunks.append((sent, got))
+    return Findings(up, down, racks, trunks)
+
+
+def tournament(hosts: int) -> list[list[Pair]]:
+    """Rounds of disjoint pairs until all hosts have met once (circle method); if these are more than 15, as many.
+
+    Example:
+        >>> tournament(4)
+        [[(0, 3), (1, 2)], [(1, 3), (0, 2)], [(2, 3), (0, 1)]]
+    """
+    last = hosts - 1 + hosts % 2  # it stays while the others turn; of an odd number of hosts it is none: a pause
+    count = min(last, MOST_TOURNAMENT)
+    rounds = []
+    for turn in (i * last // count for i in range(count)):
+        pairs = [(turn, last), *(((turn + i) % last, (turn - i) % last) for i in range(1, (last + 1) // 2))]
+        rounds.append([(min(pair), max(pair)) for pair in pairs if max(pair) < hosts])
+    return rounds
+
+
+def both_ways(pairs: Sequence[Pair]) -> list[Flow]:
+    """The flows of pairs that send to each other."""
+    return [flow for a, b in pairs for flow in ((a, b), (b, a))]
+
+
+def _usual(rates: list[float]) -> float:
+    """What a link carries: about the most that was seen, but not the one measurement that came out too high."""
+    return median(rate for rate in rates if rate >= FREE * max(rates))
+
+
+def _loaded_rounds(shares: dict[Pair, float], speed: list[float]) -> list[tuple[list[Pair], list[Pair]]]:
+    """Rounds in which pairs meet again of which more is to be known: those that are tested, and those that load."""
+    slow = [rate < median(speed) / 2 for rate in speed]
+    kept = [pair for pair in shares if shares[pair] >= KEPT or any(slow[h] for h in pair)]
+    lost = [pair for pair in shares if shares[pair] < KEPT]
+    at_once = max(1, len(speed) // 4)
+    rounds = []
+    while kept and len(rounds) < MOST_LOADED:
+        first = kept.pop(0)
+
+        def worth(load: Pair, first: Pair = first) -> tuple[bool, int]:
+            """Slow hosts load little; hosts that are perhaps in the rack of those tested load what they cross."""
+            near = [shares.get((min(a, b), max(a, b)), 0.0) >= KEPT for a in load for b in first]
+            return not any(slow[h] for h in load), sum(near)
+
+        busy = set(first)
+        loads = _disjoint(sorted(lost, key=worth, reverse=True), busy, at_once)
+        if loads:
+            more = _disjoint(kept, busy, at_once - 1)
+            kept = [pair for pair in kept if pair not in more]
+            rounds.append(([first, *more], loads))
+    return rounds
+
+
+def _disjoint(pairs: Sequence[Pair], busy: set[int], most: int) -> list[Pair]:
+    """The first pairs of hosts that are not busy; they are then."""
+    chosen: list[Pair] = []
+    for pair in pairs:
+        if len(chosen) < most and busy.isdisjoint(pair):
+            chosen.append(pair)
+            busy.update(pair)
+    return chosen
+
+
+def _racks(hosts: int, shares: dict[Pair, float]) -> list[tuple[int, ...]]:
+    """Hosts that keep their rate with each other, on the average: a figure that came out wrong changes nothing."""
+    clusters = {host: [host] for host in range(hosts)}
+    between = {pair: [share] for pair, share in shares.items()}
+    while between:
+        one, other = max(between, key=lambda pair: fmean(between[pair]))
+        if fmean(between[one, other]) < KEPT:
+            break
+        clusters[one] += clusters.pop(other)
+        del between[one, other]
+        for pair in [pair for pair in between if other in pair]:
+            third = pair[0] if pair[1] == other else pair[1]
+            between.setdefault((min(one, third), max(one, third)), []).extend(between.pop(pair))
+    racks = [tuple(sorted(rack)) for rack in clusters.values() if len(rack) > 1]
+
+    def belongs(host: int, rack: Sequence[int]) -> bool:
+        own = [shares[pair] for h in rack if (pair := (min(h, host), max(h, host))) in shares]
+        return bool(own) and fmean(own) >= KEPT
+
+    # A slow host that keeps its rate with two racks, also under load, could be in either. Directly below the core its
+    # traffic loads no trunk in a plan. That does no harm as long as its link is slower than its share of the trunk.
+    sure = [tuple(h for h in rack if sum(belongs(h, other) for other in racks) < 2) for rack in racks]
+    return [rack for rack in sure if len(rack) > 1]
+
+
+def _in_turns(groups: Sequence[Sequence[int]], without: set[int]) -> list[int]:
+    """One host of each group, then the second of each, and so on."""
+    longest = max(map(len, groups))
+    return [g[i] for i in range(longest) for g in groups if i < len(g) and g[i] not in without]
+
+
+def _dealt(rack: Sequence[int], outside: int) -> list[tuple[int, int]]:
+    """Numbers from 0 with the hosts of a rack in turn, until all hosts inside and outside have one."""
+    return [(k, rack[k % len(rack)]) for k in range(max(len(rack), outside))]
