@@ -23,7 +23,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
-from statistics import fmean, median
+from statistics import median
 from typing import NamedTuple, Protocol
 
 Flow = tuple[int, int]  # from a host to another, by their numbers
@@ -33,7 +33,9 @@ MOST_TOURNAMENT, MOST_LOADED, MOST_TRUNKS = 15, 16, 8
 MOST_ROUNDS = MOST_TOURNAMENT + MOST_LOADED + MOST_TRUNKS
 KEPT = 0.75  # of what its own links could do: less, and a pair is lost
 FREE = 0.85  # of what the hosts of a rack could do together: less, and their trunk is a bottleneck
-LOAD = 8  # connections of a pair that loads: what crosses the same link with one gets a ninth, or less
+LOAD = 16  # connections of a pair that loads: what crosses the same link with one gets a 17th, or less
+# Of a figure from the tournament that does not say why: a pair kept its rate, or has a slow host.
+_UNSURE = 0.02
 MANY = 4  # connections of each pair where the sum counts
 
 
@@ -83,15 +85,19 @@ def find_bottlenecks(hosts: int, measure: Measure) -> Findings:
         """What a pair got, of what its own links could do: in the worse direction."""
         return min(1.0, *(rates[a, b] / min(up[a], down[b]) for a, b in both_ways([pair])))
 
-    shares = {pair: share(rates, pair) for rates in rounds for pair in rates if pair[0] < pair[1]}
-    speed = [min(both) for both in zip(up, down, strict=True)]
-    for tested, loads in _loaded_rounds(shares, speed):
+    evidence = _Evidence([min(both) for both in zip(up, down, strict=True)])
+    for rates in rounds:
+        evidence.met({pair: share(rates, pair) for pair in rates if pair[0] < pair[1]})
+    for _ in range(MOST_LOADED):
+        tested, loads = evidence.next_test()
+        if not tested:
+            break
         paced = {(a, b): Sending(pace=min(up[a], down[b])) for a, b in both_ways(tested)}
         rates = measure(paced | dict.fromkeys(both_ways(loads), Sending(LOAD)))
-        shares |= {pair: share(rates, pair) for pair in tested}
+        evidence.tested({pair: share(rates, pair) for pair in tested}, [share(rates, pair) for pair in loads])
 
     racks, trunks = [], []
-    found = _racks(hosts, shares)
+    found = evidence.racks()
     for i in range(min(len(found), MOST_TRUNKS)):
         together = found[i::MOST_TRUNKS]
         inside = {host for rack in together for host in rack}
@@ -138,28 +144,106 @@ def _usual(rates: list[float]) -> float:
     return median(rate for rate in rates if rate >= FREE * max(rates))
 
 
-def _loaded_rounds(shares: dict[Pair, float], speed: list[float]) -> list[tuple[list[Pair], list[Pair]]]:
-    """Rounds in which pairs meet again of which more is to be known: those that are tested, and those that load."""
-    slow = [rate < median(speed) / 2 for rate in speed]
-    kept = [pair for pair in shares if shares[pair] >= KEPT or any(slow[h] for h in pair)]
-    lost = [pair for pair in shares if shares[pair] < KEPT]
-    at_once = max(1, len(speed) // 4)
-    rounds = []
-    while kept and len(rounds) < MOST_LOADED:
-        first = kept.pop(0)
+class _Evidence:
+    """Who kept the rate with whom, and how much that says.
 
-        def worth(load: Pair, first: Pair = first) -> tuple[bool, int]:
-            """Slow hosts load little; hosts that are perhaps in the rack of those tested load what they cross."""
-            near = [shares.get((min(a, b), max(a, b)), 0.0) >= KEPT for a in load for b in first]
-            return not any(slow[h] for h in load), sum(near)
+    Args:
+        speed: What each host's own link carries.
+    """
 
-        busy = set(first)
-        loads = _disjoint(sorted(lost, key=worth, reverse=True), busy, at_once)
-        if loads:
-            more = _disjoint(kept, busy, at_once - 1)
-            kept = [pair for pair in kept if pair not in more]
-            rounds.append(([first, *more], loads))
-    return rounds
+    def __init__(self, speed: list[float]) -> None:
+        self._slow = [rate < median(speed) / 2 for rate in speed]
+        self._at_once = self._most_loads = max(1, len(speed) // 4)
+        self._shares: dict[Pair, tuple[float, float]] = {}  # with its weight
+        self._open: list[Pair] = []
+        self._lost: list[Pair] = []
+        self._together = list(range(len(speed)))  # hosts of one number kept their rates under load
+        self._apart: set[frozenset[int]] = set()  # pairs of such numbers of which hosts did not
+
+    def met(self, shares: dict[Pair, float]) -> None:
+        """What pairs got in a round of the tournament."""
+        lost = [pair for pair, share in shares.items() if share < KEPT]
+        for pair, share in shares.items():
+            # One that is lost alone shares nothing with the others, and may have been held up by chance.
+            sure = share < KEPT and len(lost) > 1 and not self._is_slow(pair)
+            self._shares[pair] = share, 1.0 if sure else _UNSURE
+            if share < KEPT:
+                self._lost.append(pair)
+            if not sure:
+                self._open.append(pair)
+
+    def tested(self, shares: dict[Pair, float], loads: list[float]) -> None:
+        """What pairs got under load, and those that load."""
+        unloaded = sum(share < KEPT for share in loads) < len(loads) / 2
+        more = min(self._most_loads + 1, len(self._slow) // 2 - 1)
+        if unloaded and self._most_loads < more:  # whoever kept its rate says nothing: once more
+            self._most_loads = more
+            self._open = [pair for pair in shares if shares[pair] >= KEPT] + self._open
+            shares = {pair: share for pair, share in shares.items() if share < KEPT}
+        for pair, share in shares.items():
+            self._shares[pair] = share, 1.0
+            one, other = (self._together[host] for host in pair)
+            if share < KEPT:
+                self._apart.add(frozenset((one, other)))
+            else:
+                self._together = [one if number == other else number for number in self._together]
+                self._apart = {frozenset(one if number == other else number for number in two) for two in self._apart}
+
+    def next_test(self) -> tuple[list[Pair], list[Pair]]:
+        """Pairs to be tested next, and those that load; none of the former if all that can be known is."""
+        # First those of which nothing is known by way of others.
+        self._open.sort(key=lambda pair: len(two := self._numbers(pair)) == 1 or two in self._apart)
+        while self._open:
+            first = self._open.pop(0)
+            busy = set(first)
+
+            def worth(load: Pair, first: Pair = first) -> tuple[bool, int]:
+                """Slow hosts load little; hosts that are perhaps in the rack of those tested load what they cross."""
+                near = [self._shares.get((min(a, b), max(a, b)), (0.0, 0.0))[0] >= KEPT for a in load for b in first]
+                return not self._is_slow(load), sum(near)
+
+            loads = _disjoint(sorted(self._lost, key=worth, reverse=True), busy, self._most_loads)
+            if loads:
+                more = _disjoint(self._open, busy, self._at_once - 1)
+                self._open = [pair for pair in self._open if pair not in more]
+                return [first, *more], loads
+        return [], []
+
+    def racks(self) -> list[tuple[int, ...]]:
+        """Hosts that keep their rate with each other, on the average: a figure that came out wrong changes nothing."""
+        clusters = {host: [host] for host in range(len(self._slow))}
+        between = {pair: [share] for pair, share in self._shares.items()}
+        while between:
+            one, other = max(between, key=lambda pair: _mean(between[pair]))
+            if _mean(between[one, other]) < KEPT:
+                break
+            clusters[one] += clusters.pop(other)
+            del between[one, other]
+            for pair in [pair for pair in between if other in pair]:
+                third = pair[0] if pair[1] == other else pair[1]
+                between.setdefault((min(one, third), max(one, third)), []).extend(between.pop(pair))
+        racks = [tuple(sorted(rack)) for rack in clusters.values() if len(rack) > 1]
+
+        def belongs(host: int, rack: Sequence[int]) -> bool:
+            pairs = ((min(h, host), max(h, host)) for h in rack)
+            own = [self._shares[pair] for pair in pairs if pair in self._shares]
+            return bool(own) and _mean(own) >= KEPT
+
+        # A slow host that keeps its rate with two racks, also under load, could be in either. Directly below the core
+        # its traffic loads no trunk in a plan. That does no harm as long as its link is slower than its share of the
+        # trunk.
+        sure = [tuple(h for h in rack if sum(belongs(h, other) for other in racks) < 2) for rack in racks]
+        return [rack for rack in sure if len(rack) > 1]
+
+    def _is_slow(self, pair: Pair) -> bool:
+        return any(self._slow[host] for host in pair)
+
+    def _numbers(self, pair: Pair) -> frozenset[int]:
+        return frozenset(self._together[host] for host in pair)
+
+
+def _mean(shares: list[tuple[float, float]]) -> float:
+    return sum(share * weight for share, weight in shares) / sum(weight for _, weight in shares)
 
 
 def _disjoint(pairs: Sequence[Pair], busy: set[int], most: int) -> list[Pair]:
@@ -170,31 +254,6 @@ def _disjoint(pairs: Sequence[Pair], busy: set[int], most: int) -> list[Pair]:
             chosen.append(pair)
             busy.update(pair)
     return chosen
-
-
-def _racks(hosts: int, shares: dict[Pair, float]) -> list[tuple[int, ...]]:
-    """Hosts that keep their rate with each other, on the average: a figure that came out wrong changes nothing."""
-    clusters = {host: [host] for host in range(hosts)}
-    between = {pair: [share] for pair, share in shares.items()}
-    while between:
-        one, other = max(between, key=lambda pair: fmean(between[pair]))
-        if fmean(between[one, other]) < KEPT:
-            break
-        clusters[one] += clusters.pop(other)
-        del between[one, other]
-        for pair in [pair for pair in between if other in pair]:
-            third = pair[0] if pair[1] == other else pair[1]
-            between.setdefault((min(one, third), max(one, third)), []).extend(between.pop(pair))
-    racks = [tuple(sorted(rack)) for rack in clusters.values() if len(rack) > 1]
-
-    def belongs(host: int, rack: Sequence[int]) -> bool:
-        own = [shares[pair] for h in rack if (pair := (min(h, host), max(h, host))) in shares]
-        return bool(own) and fmean(own) >= KEPT
-
-    # A slow host that keeps its rate with two racks, also under load, could be in either. Directly below the core its
-    # traffic loads no trunk in a plan. That does no harm as long as its link is slower than its share of the trunk.
-    sure = [tuple(h for h in rack if sum(belongs(h, other) for other in racks) < 2) for rack in racks]
-    return [rack for rack in sure if len(rack) > 1]
 
 
 def _in_turns(groups: Sequence[Sequence[int]], without: set[int]) -> list[int]:

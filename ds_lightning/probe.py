@@ -261,7 +261,7 @@ def describe(findings: Findings, latencies: dict[Flow, float], hosts: Sequence[s
     racks = sorted(zip(findings.racks, findings.trunks, strict=True))
     rack_of = {host: rack for rack, (members, _) in enumerate(racks) for host in members}
     speeds = _alike([*findings.up, *findings.down])
-    trunks = _alike([rate for _, both in racks for rate in both])
+    trunks = _alike([rate for _, both in racks for rate in both], 2 * _ALIKE - 1)
     near = [min((v for pair, v in latencies.items() if h in pair), default=0.0) / 2 for h in range(len(names))]
     usual = median(near)
     near = [usual if abs(value - usual) < _ALIKE_MS / 1000 else value for value in near]
@@ -289,12 +289,12 @@ def describe(findings: Findings, latencies: dict[Flow, float], hosts: Sequence[s
     return Topology(above, links, ranks)
 
 
-def _alike(rates: Sequence[float]) -> dict[float, float]:
+def _alike(rates: Sequence[float], closeness: float = _ALIKE) -> dict[float, float]:
     """The Gbit/s on the wire to write for each rate: one number for those that are close to each other."""
     written: dict[float, float] = {}
     group: list[float] = []
     for rate in sorted(rates):
-        if group and rate > _ALIKE * group[0]:
+        if group and rate > closeness * group[0]:
             group = []
         group.append(rate)
         written |= dict.fromkeys(group, float(f"{median(group) * 8e-9 * FRAMES:.3g}"))

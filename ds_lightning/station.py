@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
 import selectors
 import socket
@@ -16,7 +18,7 @@ from typing import Any
 # Of a window's time nothing is counted: connections speed up, and token buckets are full.
 SETTLING = 0.3
 _CHUNK = 2**18
-_PINGS = 5
+_PINGS = 3
 _CONNECTING = 5.0  # seconds, at most
 _HEADER = struct.Struct("!16sII")  # token of this probe, round, number of the host that sends
 _MAX_PACING_RATE = 47  # of Linux, bytes per second
@@ -60,13 +62,14 @@ class Station:
             self._listener.close()
         self._hang_up()
 
-    def _hang_up(self) -> None:
-        for _, connection in [*self._outgoing, *(c for pairs in [*self._incoming.values()] for c in pairs)]:
+    def _hang_up(self, before: float = math.inf) -> None:
+        """Close what rounds before this one have left; others may be connecting for it already."""
+        left = [self._incoming.pop(round) for round in [*self._incoming] if round < before]
+        for _, connection in [*self._outgoing, *itertools.chain(*left)]:
             with suppress(OSError):
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _ABORT)
             connection.close()
         self._outgoing.clear()
-        self._incoming.clear()
 
     # ---- what rank 0 says -------------------------------------------------------------------------------------------
 
@@ -83,7 +86,7 @@ class Station:
 
     def _connect(self, flows: list[tuple[int, int, int, float]], round: int) -> dict[str, Any]:
         """Connect to whom this host is to send to. Gives the seconds that a byte takes to each."""
-        self._hang_up_before(round)
+        self._hang_up(round)
         latencies = []
         for source, target, connections, pace in flows:
             if source != self.number:
@@ -119,12 +122,6 @@ class Station:
         return {"rates": [(source, self.number, rate) for source, rate in rates.items()], "sent": self.sent}
 
     # ---- connections ------------------------------------------------------------------------------------------------
-
-    def _hang_up_before(self, round: int) -> None:
-        """Close what an earlier round has left; others may have connected for this one already."""
-        this = self._incoming.pop(round, [])
-        self._hang_up()
-        self._incoming[round] = this + self._incoming.get(round, [])
 
     def _accept(self, listener: socket.socket) -> None:
         while True:
