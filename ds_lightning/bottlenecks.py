@@ -23,7 +23,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
-from statistics import median
+from statistics import fmean, median
 from typing import NamedTuple, Protocol
 
 Flow = tuple[int, int]  # from a host to another, by their numbers
@@ -154,7 +154,7 @@ class _Evidence:
     def __init__(self, speed: list[float]) -> None:
         self._slow = [rate < median(speed) / 2 for rate in speed]
         self._at_once = self._most_loads = max(1, len(speed) // 4)
-        self._shares: dict[Pair, tuple[float, float]] = {}  # with its weight
+        self._votes: dict[Pair, tuple[bool, float]] = {}  # whether it kept its rate, and how much that says
         self._open: list[Pair] = []
         self._lost: list[Pair] = []
         self._together = list(range(len(speed)))  # hosts of one number kept their rates under load
@@ -166,7 +166,7 @@ class _Evidence:
         for pair, share in shares.items():
             # One that is lost alone shares nothing with the others, and may have been held up by chance.
             sure = share < KEPT and len(lost) > 1 and not self._is_slow(pair)
-            self._shares[pair] = share, 1.0 if sure else _UNSURE
+            self._votes[pair] = share >= KEPT, 1.0 if sure else _UNSURE
             if share < KEPT:
                 self._lost.append(pair)
             if not sure:
@@ -174,14 +174,14 @@ class _Evidence:
 
     def tested(self, shares: dict[Pair, float], loads: list[float]) -> None:
         """What pairs got under load, and those that load."""
-        unloaded = sum(share < KEPT for share in loads) < len(loads) / 2
-        more = min(self._most_loads + 1, len(self._slow) // 2 - 1)
-        if unloaded and self._most_loads < more:  # whoever kept its rate says nothing: once more
-            self._most_loads = more
-            self._open = [pair for pair in shares if shares[pair] >= KEPT] + self._open
-            shares = {pair: share for pair, share in shares.items() if share < KEPT}
+        loaded = fmean(loads) < FREE
+        most = len(self._slow) // 2 - 1
+        if not loaded and self._most_loads < most:  # then it says nothing: once more, with more
+            self._most_loads += 1
+            self._open = [*shares, *self._open]
+            return
         for pair, share in shares.items():
-            self._shares[pair] = share, 1.0
+            self._votes[pair] = share >= KEPT, 1.0 if loaded or share >= KEPT else _UNSURE
             one, other = (self._together[host] for host in pair)
             if share < KEPT:
                 self._apart.add(frozenset((one, other)))
@@ -199,7 +199,7 @@ class _Evidence:
 
             def worth(load: Pair, first: Pair = first) -> tuple[bool, int]:
                 """Slow hosts load little; hosts that are perhaps in the rack of those tested load what they cross."""
-                near = [self._shares.get((min(a, b), max(a, b)), (0.0, 0.0))[0] >= KEPT for a in load for b in first]
+                near = [self._votes.get((min(a, b), max(a, b)), (False,))[0] for a in load for b in first]
                 return not self._is_slow(load), sum(near)
 
             loads = _disjoint(sorted(self._lost, key=worth, reverse=True), busy, self._most_loads)
@@ -210,12 +210,12 @@ class _Evidence:
         return [], []
 
     def racks(self) -> list[tuple[int, ...]]:
-        """Hosts that keep their rate with each other, on the average: a figure that came out wrong changes nothing."""
+        """Hosts most of whose pairs keep their rate: one figure that came out wrong changes nothing."""
         clusters = {host: [host] for host in range(len(self._slow))}
-        between = {pair: [share] for pair, share in self._shares.items()}
+        between = {pair: [vote] for pair, vote in self._votes.items()}
         while between:
-            one, other = max(between, key=lambda pair: _mean(between[pair]))
-            if _mean(between[one, other]) < KEPT:
+            one, other = max(between, key=lambda pair: _majority(between[pair]))
+            if _majority(between[one, other]) < (0.5, inf):
                 break
             clusters[one] += clusters.pop(other)
             del between[one, other]
@@ -226,8 +226,8 @@ class _Evidence:
 
         def belongs(host: int, rack: Sequence[int]) -> bool:
             pairs = ((min(h, host), max(h, host)) for h in rack)
-            own = [self._shares[pair] for pair in pairs if pair in self._shares]
-            return bool(own) and _mean(own) >= KEPT
+            own = [self._votes[pair] for pair in pairs if pair in self._votes]
+            return bool(own) and _majority(own) > (0.5, inf)
 
         # A slow host that keeps its rate with two racks, also under load, could be in either. Directly below the core
         # its traffic loads no trunk in a plan. That does no harm as long as its link is slower than its share of the
@@ -242,8 +242,10 @@ class _Evidence:
         return frozenset(self._together[host] for host in pair)
 
 
-def _mean(shares: list[tuple[float, float]]) -> float:
-    return sum(share * weight for share, weight in shares) / sum(weight for _, weight in shares)
+def _majority(votes: list[tuple[bool, float]]) -> tuple[float, float]:
+    """The share of those that kept their rate, and how much that says."""
+    total = sum(weight for _, weight in votes)
+    return sum(weight for kept, weight in votes if kept) / total, total
 
 
 def _disjoint(pairs: Sequence[Pair], busy: set[int], most: int) -> list[Pair]:
