@@ -30,13 +30,14 @@ Flow = tuple[int, int]  # from a host to another, by their numbers
 Pair = tuple[int, int]  # the smaller number first
 
 MOST_TOURNAMENT, MOST_LOADED, MOST_TRUNKS = 15, 16, 8
-MOST_ROUNDS = MOST_TOURNAMENT + MOST_LOADED + MOST_TRUNKS
+MOST_ROUNDS = MOST_TOURNAMENT + 1 + MOST_LOADED + MOST_TRUNKS
 KEPT = 0.75  # of what its own links could do: less, and a pair is lost
 FREE = 0.85  # of what the hosts of a rack could do together: less, and their trunk is a bottleneck
 LOAD = 16  # connections of a pair that loads: what crosses the same link with one gets a 17th, or less
 # Of a figure from the tournament that does not say why: a pair kept its rate, or has a slow host.
 _UNSURE = 0.02
-MANY = 4  # connections of each pair where the sum counts
+MANY = 4  # connections of each pair where the rate counts, not only who gets it
+LONG = 3  # windows that such a measurement takes
 
 
 class Sending(NamedTuple):
@@ -78,14 +79,17 @@ class Findings:
 def find_bottlenecks(hosts: int, measure: Measure) -> Findings:
     """Asks ``measure`` at most :data:`MOST_ROUNDS` times what flows among so many hosts (two or more) get."""
     rounds = [measure(dict.fromkeys(both_ways(pairs), Sending())) for pairs in tournament(hosts)]
-    up = [_usual([rate for rates in rounds for (a, _), rate in rates.items() if a == host]) for host in range(hosts)]
-    down = [_usual([rate for rates in rounds for (_, b), rate in rates.items() if b == host]) for host in range(hosts)]
+    up, down = _own_rates(hosts, rounds)
+    slow = _slow(up, down)
+    if any(slow):  # once more, for longer
+        pairs = list(zip((h for h in range(hosts) if slow[h]), (h for h in range(hosts) if not slow[h]), strict=False))
+        up, down = _own_rates(hosts, [*rounds, measure(dict.fromkeys(both_ways(pairs), Sending(MANY)), LONG)])
 
     def share(rates: dict[Flow, float], pair: Pair) -> float:
         """What a pair got, of what its own links could do: in the worse direction."""
         return min(1.0, *(rates[a, b] / min(up[a], down[b]) for a, b in both_ways([pair])))
 
-    evidence = _Evidence([min(both) for both in zip(up, down, strict=True)])
+    evidence = _Evidence(_slow(up, down))
     for rates in rounds:
         evidence.met({pair: share(rates, pair) for pair in rates if pair[0] < pair[1]})
     for _ in range(MOST_LOADED):
@@ -106,7 +110,7 @@ def find_bottlenecks(hosts: int, measure: Measure) -> Findings:
             continue
         meetings = {rack: [(h, outside[k % len(outside)]) for k, h in _dealt(rack, len(outside))] for rack in together}
         flows = both_ways([pair for pairs in meetings.values() for pair in pairs])
-        rates = measure(dict.fromkeys(flows, Sending(MANY)), 2)
+        rates = measure(dict.fromkeys(flows, Sending(MANY)), LONG)
         for rack, pairs in meetings.items():
             others = {b for _, b in pairs}
             sent, got = sum(rates[a, b] for a, b in pairs), sum(rates[b, a] for a, b in pairs)
@@ -139,25 +143,38 @@ def both_ways(pairs: Sequence[Pair]) -> list[Flow]:
     return [flow for a, b in pairs for flow in ((a, b), (b, a))]
 
 
-def _usual(rates: list[float]) -> float:
-    """What a link carries: about the most that was seen, but not the one measurement that came out too high."""
-    return median(rate for rate in rates if rate >= FREE * max(rates))
+def _own_rates(hosts: int, rounds: Sequence[dict[Flow, float]]) -> tuple[list[float], list[float]]:
+    """What the link of each host carries up and down: about the most that was seen, but not one too high."""
+    sent: list[list[float]] = [[] for _ in range(hosts)]
+    got: list[list[float]] = [[] for _ in range(hosts)]
+    for rates in rounds:
+        for (a, b), rate in rates.items():
+            sent[a].append(rate)
+            got[b].append(rate)
+    up, down = ([median(rate for rate in seen if rate >= FREE * max(seen)) for seen in both] for both in (sent, got))
+    return up, down
+
+
+def _slow(up: Sequence[float], down: Sequence[float]) -> list[bool]:
+    """Which hosts have less than half of what is usual."""
+    speed = [min(both) for both in zip(up, down, strict=True)]
+    return [rate < median(speed) / 2 for rate in speed]
 
 
 class _Evidence:
     """Who kept the rate with whom, and how much that says.
 
     Args:
-        speed: What each host's own link carries.
+        slow: Which hosts have a slow link.
     """
 
-    def __init__(self, speed: list[float]) -> None:
-        self._slow = [rate < median(speed) / 2 for rate in speed]
-        self._at_once = self._most_loads = max(1, len(speed) // 4)
+    def __init__(self, slow: list[bool]) -> None:
+        self._slow = slow
+        self._at_once = self._most_loads = max(1, len(slow) // 4)
         self._votes: dict[Pair, tuple[bool, float]] = {}  # whether it kept its rate, and how much that says
         self._open: list[Pair] = []
         self._lost: list[Pair] = []
-        self._together = list(range(len(speed)))  # hosts of one number kept their rates under load
+        self._together = list(range(len(slow)))  # hosts of one number kept their rates under load
         self._apart: set[frozenset[int]] = set()  # pairs of such numbers of which hosts did not
 
     def met(self, shares: dict[Pair, float]) -> None:

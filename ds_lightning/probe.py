@@ -5,8 +5,9 @@ on when all have answered. It asks for rounds of flows (:mod:`ds_lightning.bottl
 time, each host sending to and receiving from others by plain TCP for a short window, and infers the tree from the rates
 that receivers saw. Traffic of others counts as if it were always there, and switches above racks are not found.
 
-Limits. A window takes ``seconds``, and a host puts at most ``most_bytes / MOST_ROUNDS`` into it and gets no more: on
-fast links it ends when these have been sent. There are at most MOST_ROUNDS windows (39), among 8 hosts about 20.
+Limits. A round's window takes ``seconds``, or three times as long where the rate itself counts; a host puts at most
+``most_bytes / MOST_ROUNDS`` into it and gets no more: on fast links it ends when these have been sent. There are at
+most MOST_ROUNDS rounds (40), among 8 hosts about 20, which take 12 s.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ _PATIENCE = 10.0
 _GRACE = 2.0
 # Figures that are so close are one: noise is not to look like structure.
 _ALIKE = 1.08
+_ALIKE_TRUNKS = 1.2
 _ALIKE_MS = 0.1
 
 
@@ -115,7 +117,7 @@ def survey(
     finally:
         if station is not None:
             station.close()
-    talk.leave(rank, len(hosts))
+    talk.leave(rank, len(hosts), _GRACE if "error" in conclusion else _PATIENCE)
     if "error" in conclusion:
         raise RuntimeError(conclusion["error"])
     topology = Topology.parse(conclusion["topology"], "the network as probed")
@@ -171,13 +173,13 @@ class _Talk:
             raise RuntimeError("; ".join(f"{name}: {error}" for name, error in [*wrong.items()][:4]))
         return answers
 
-    def leave(self, rank: int, ranks: int) -> None:
+    def leave(self, rank: int, ranks: int, patience: float) -> None:
         """Rank 0, whose process may keep the store and end now, waits until all others have read."""
         with suppress(Exception):
             if self._within(_GRACE, lambda: self._store.add("read", 1)) == ranks:
                 self.put("all have read", True)
             if rank == 0:
-                self._read(["all have read"], min(self.left, _PATIENCE) + _GRACE)
+                self._read(["all have read"], patience)
 
     def _read(self, keys: list[str], seconds: float) -> list[Any]:
         def run() -> list[Any]:
@@ -261,7 +263,7 @@ def describe(findings: Findings, latencies: dict[Flow, float], hosts: Sequence[s
     racks = sorted(zip(findings.racks, findings.trunks, strict=True))
     rack_of = {host: rack for rack, (members, _) in enumerate(racks) for host in members}
     speeds = _alike([*findings.up, *findings.down])
-    trunks = _alike([rate for _, both in racks for rate in both], 2 * _ALIKE - 1)
+    trunks = _alike([rate for _, both in racks for rate in both], _ALIKE_TRUNKS)
     near = [min((v for pair, v in latencies.items() if h in pair), default=0.0) / 2 for h in range(len(names))]
     usual = median(near)
     near = [usual if abs(value - usual) < _ALIKE_MS / 1000 else value for value in near]

@@ -45,12 +45,13 @@ class Station:
     def obey(self, word: dict[str, Any]) -> dict[str, Any]:
         """Do what rank 0 says; an error is an answer as well."""
         try:
-            return {
+            actions: dict[str, Callable[..., dict[str, Any]]] = {
                 "listen": self._listen,
                 "meet": self._meet,
                 "connect": self._connect,
                 "run": self._run,
-            }[word.pop("do")](**word)
+            }
+            return actions[word["do"]](**{name: value for name, value in word.items() if name != "do"})
         except Exception as error:
             return {"error": f"{type(error).__name__}: {error}" if not isinstance(error, OSError) else str(error)}
 
@@ -150,8 +151,8 @@ class Station:
         left: dict[int, int] = {target: most for target, _ in self._outgoing}
         chunk = memoryview(bytes(_CHUNK))
         with selectors.DefaultSelector() as selector:
-            for target, connection in self._outgoing:
-                selector.register(connection, selectors.EVENT_WRITE, target)
+            for target, outgoing in self._outgoing:
+                selector.register(outgoing, selectors.EVENT_WRITE, target)
             while selector.get_map() and (pause := end - time.monotonic()) > 0:
                 for key, _ in selector.select(pause):
                     connection: Any = key.fileobj
@@ -168,9 +169,8 @@ class Station:
                         selector.unregister(connection)
                         with suppress(OSError):
                             connection.shutdown(socket.SHUT_WR)
-            late = list(selector.get_map().values())
-        for key in late:
-            connection = key.fileobj
+            late = [key.fileobj for key in selector.get_map().values()]
+        for connection in late:
             with suppress(OSError):
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _ABORT)
                 connection.close()
@@ -181,8 +181,8 @@ class Station:
         buffer = bytearray(_CHUNK)
         ended: dict[int, float] = {}
         with selectors.DefaultSelector() as selector:
-            for source, connection in incoming:
-                selector.register(connection, selectors.EVENT_READ, source)
+            for source, arriving in incoming:
+                selector.register(arriving, selectors.EVENT_READ, source)
             while selector.get_map() and (pause := end - time.monotonic()) > 0:
                 for key, _ in selector.select(pause):
                     connection: Any = key.fileobj
