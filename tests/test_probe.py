@@ -1,8 +1,11 @@
 """Probing: the topology that is written for what was found, and real measurements on one machine and emulated hosts."""
 
 import os
+import subprocess
+import sys
 import threading
 import time
+import warnings
 from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
@@ -10,15 +13,18 @@ from functools import partial
 
 import pytest
 import torch.distributed as dist
+from torch.utils.data import DataLoader
 
 from benchmarks.cluster import SETTINGS, Cluster, Setting
-from ds_lightning import probe_command, station
+from ds_lightning import DSSyncStrategy, probe_command, station
 from ds_lightning.__main__ import main
 from ds_lightning.bottlenecks import MOST_ROUNDS, Findings
 from ds_lightning.cost import FRAMES
 from ds_lightning.probe import MOST_BYTES, describe, probe, survey
 from ds_lightning.topology import Link, Topology
 from tests.test_benchmarks import needs_cluster
+from tests.test_preemption import Slow
+from tests.test_strategy import RankData, trainer_for
 
 TRIALS = int(os.environ.get("TRIALS", "1"))
 GBIT = 1e9 / 8 / FRAMES  # bytes per second of a program that fills a link of 1 Gbit/s
@@ -277,3 +283,35 @@ def test_a_cut_ends_all_in_time(who, limit):
             assert f"host{who}" in said
         else:
             assert "host" in said
+
+
+def planned(rank):
+    """The topology of a strategy that probes, after a fit."""
+    warnings.simplefilter("ignore")
+    strategy = DSSyncStrategy(schedule="topology", topology="probe", timeout=timedelta(seconds=30))
+    trainer = trainer_for(rank, [], strategy, devices=1, num_nodes=4, max_epochs=1)
+    trainer.fit(Slow(0), DataLoader(RankData(rank, 4), batch_size=None), DataLoader(RankData(rank, 1), batch_size=None))
+    return strategy.topology, strategy._groups.schedule.partition(0)
+
+
+@needs_cluster
+@pytest.mark.slow
+def test_a_strategy_plans_for_what_it_finds():
+    with Cluster(4, 100, SETTINGS["oversubscribed"]) as cluster:
+        first, *others = cluster.call(planned, timeout=100)
+    assert all(other == first for other in others)
+    assert first[0].children["rack0"] == ("host0", "host1")
+    assert first[0].children["rack1"] == ("host2", "host3")
+
+
+@pytest.mark.slow
+def test_under_torchrun_whose_own_store_is_on_the_port(tmp_path):
+    """The ranks are on one host, so that there is nothing to measure."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29713"]
+    environment = {k: v for k, v in os.environ.items() if k != "GLOO_SOCKET_IFNAME"}
+    file = tmp_path / "cluster.yaml"
+    arguments = [*command, "-m", "ds_lightning", "probe", "--output", str(file)]
+    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert Topology.from_yaml(file).world_size == 2
+    assert f"Wrote {file}" in done.stdout
