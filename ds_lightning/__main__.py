@@ -8,6 +8,7 @@ from importlib import import_module
 # A command's words: the module whose `main(argv)` it is, and what it does.
 COMMANDS = {
     "plan": ("ds_lightning.plan_command", "find the schedule that suits a network, beside what else there is"),
+    "probe": ("ds_lightning.probe_command", "measure the network among the hosts of a job, and describe it"),
     "simulate learning": ("ds_lightning.learning_command", "train N virtual workers in this process, by any schedule"),
 }
 

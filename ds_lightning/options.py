@@ -51,14 +51,14 @@ def check_ddp_kwargs(ddp_kwargs: dict[str, Any], own: set[str]) -> None:
         )
 
 
-def check_topology(topology: Any, schedule: Any) -> Topology | None:
-    """The description that ``topology`` is or names, or a ``ValueError``; warns where nothing uses it."""
+def check_topology(topology: Any, schedule: Any) -> Topology | str | None:
+    """The description that ``topology`` is or names, "probe", or a ``ValueError``; warns where nothing uses it."""
     wanted = isinstance(schedule, str) and schedule == "topology"
     if topology is None:
         if wanted:
             raise ValueError(
                 "schedule='topology' needs a description of the network, but topology=None. HINT: pass the path of a"
-                " YAML file, or a Topology such as Topology.flat(hosts, bandwidth=25)."
+                " YAML file, a Topology such as Topology.flat(hosts, bandwidth=25), or 'probe' to measure it."
             )
         return None
     if not wanted:
@@ -68,10 +68,7 @@ def check_topology(topology: Any, schedule: Any) -> Topology | None:
     if not isinstance(topology, str | PathLike):
         raise ValueError(f"topology={topology!r} is no path and no Topology. HINT: pass the path of a YAML file.")
     if topology == "probe":
-        raise ValueError(
-            "topology='probe' is not implemented yet: measuring the network is to come. HINT: describe it in a YAML"
-            " file, and pass its path."
-        )
+        return "probe"
     try:
         return Topology.from_yaml(str(topology))
     except OSError as error:

@@ -63,6 +63,7 @@ from ds_lightning.options import (
 )
 from ds_lightning.planner import plan
 from ds_lightning.preemption import StopSignals
+from ds_lightning.probe import probe
 from ds_lightning.replica import load_replica, remove_older, restore_replica, save_replica
 from ds_lightning.rows import is_table
 from ds_lightning.schedule import (
@@ -100,8 +101,9 @@ class DSSyncStrategy(DDPStrategy):
         schedule: ``"grid"`` (exact consensus after k steps), ``"shuffle"`` (random groups, any N), ``"auto"`` (a grid
             where the world size factors into groups near ``group_size``, else a shuffle), ``"topology"`` (planned for
             ``topology``, see :mod:`ds_lightning.planner`), or a :class:`~ds_lightning.schedule.Schedule`.
-        topology: The network to plan for: the path of a YAML file or a :class:`~ds_lightning.topology.Topology`. Ranks
-            are found by the names of their hosts; if it has none of these, by its own numbers of ranks.
+        topology: The network to plan for: the path of a YAML file or a :class:`~ds_lightning.topology.Topology`, whose
+            ranks are found by the names of their hosts; if it has none of these, by its own numbers of ranks. Or
+            ``"probe"``: it is measured at the start, see :mod:`ds_lightning.probe`.
         overlap: Average while forward and backward run: ``X <- W X - lr U``. ``False`` is the paper's order, after the
             optimizer step: ``X <- W (X - lr U)``; better beyond 16 ranks with small groups.
         sync_every: Optimizer steps between synchronizations. With ``overlap`` one average travels during all of them:
@@ -333,9 +335,16 @@ class DSSyncStrategy(DDPStrategy):
 
     def _plan(self, hosts: list[str]) -> Schedule:
         """Rank 0's plan, which all follow: the arithmetic of another machine may differ in the last digit."""
+        if self.topology == "probe":
+            with self._taking_time("probe"):
+                limit = self._timeout or default_pg_timeout
+                self.topology = probe(
+                    own_store(f"probe {next(_ATTENDANCES)}", limit), self.global_rank, hosts, timeout=limit
+                )
+            rank_zero_info(f"dssync: probed the network:\n{self.topology}")
         module, network = self.lightning_module, self.topology
         assert module is not None
-        assert network is not None
+        assert isinstance(network, Topology)
         tensors = [*(p for p in module.parameters() if p.requires_grad), *module.buffers()]
         size = sum(wire_bytes(t.numel(), self.wire_dtype or t.dtype) for t in tensors if t.is_floating_point())
 

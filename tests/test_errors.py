@@ -91,7 +91,6 @@ class Users:
             {"schedule": "topology", "topology": "none.yaml"},
             "topology='none.yaml' cannot be read: there is no topology",
         ),
-        ({"schedule": "topology", "topology": "probe"}, "topology='probe' is not implemented yet"),
         ({"schedule": 3}, "schedule=3 is no schedule: it needs `world_size`"),
         ({"schedule": None}, "schedule=None is no schedule"),
         ({"wire_dtype": "bf17"}, "wire_dtype='bf17' is not supported. HINT: use None"),
