@@ -100,9 +100,11 @@ class Network:
         ways = {host: [number[node] for node in topology.way_up(host)] for host in topology.hosts}
         levels = max(map(len, ways.values()))
         self.above: Ints = np.full((levels, topology.world_size), -1)
+        # The same by depth, the deepest first: each node is on one level, also where hosts are not all as deep.
+        self._levels: Ints = np.full_like(self.above, -1)
         for host, way in ways.items():
-            for level, node in enumerate(way):
-                self.above[level, list(topology.ranks[host])] = node
+            ranks = list(topology.ranks[host])
+            self.above[: len(way), ranks] = self._levels[levels - len(way) :, ranks] = np.array(way)[:, None]
 
     @property
     def world_size(self) -> int:
@@ -125,18 +127,25 @@ class Network:
         return busiest + self.latency(groups)
 
     def latency(self, groups: Round) -> Floats:
-        """Seconds that a group's messages take besides, shape (groups,)."""
-        latency = np.zeros(len(groups.sizes))
-        for node, group, _ in self._crossings(groups):
-            farthest = np.zeros(len(groups.sizes))
-            np.maximum.at(farthest, group, self._latency[node])
-            latency += 2 * farthest  # up and down again
-        return latency * np.where(groups.sizes > 2, 2, 1)
+        """Seconds that a group's messages take besides, shape (groups,): of its longest path, once per stage."""
+        order, starts = groups._sorted
+        some = order[starts][groups.group_of]
+        # In a tree, the member farthest from any other one is at an end of the longest path.
+        by_distance = np.lexsort((self._path_latency(some), groups.group_of))
+        end = by_distance[starts + groups.sizes - 1][groups.group_of]
+        return groups.latest(self._path_latency(end)) * np.where(groups.sizes > 2, 2, 1)
+
+    def _path_latency(self, others: Ints) -> Floats:
+        """Seconds from each rank to another one, shape (N,)."""
+        here, there = self._levels, self._levels[:, others]
+        latency = np.append(self._latency, 0.0)  # -1 has none
+        seconds: Floats = np.where(here == there, 0.0, latency[here] + latency[there]).sum(axis=0)
+        return seconds
 
     def _crossings(self, groups: Round) -> list[tuple[Ints, Ints, Floats]]:
         """Per level: node, group, and models' bytes of that group that cross the node's link, per direction."""
         found = []
-        for level in self.above:
+        for level in self._levels:
             ranks = np.flatnonzero(level >= 0)
             keys, below = np.unique(level[ranks] * len(groups.sizes) + groups.group_of[ranks], return_counts=True)
             node, group = np.divmod(keys, len(groups.sizes))
@@ -148,22 +157,26 @@ class Network:
 
     def ring_seconds(self, order: Sequence[int], size: float) -> float:
         """Of an all-reduce along a ring of all ranks: ``2 (N - 1) / N`` models from each rank to the next."""
-        here = np.asarray(order)
+        here, following = np.asarray(order), np.roll(order, -1)
         n = len(here)
         if n < 2:
             return 0.0
-        traffic, latency = np.zeros(len(self.nodes)), np.zeros(n)
-        for level in self.above:
-            node, following = level[here], level[np.roll(here, -1)]
-            out = (node >= 0) & (node != following)
-            np.add.at(traffic, node[out], 1)
-            latency[out] += 2 * self._latency[node[out]]
+        traffic = np.zeros(len(self.nodes))
+        for level in self._levels:
+            out = (level[here] >= 0) & (level[here] != level[following])
+            np.add.at(traffic, level[here][out], 1)
         busiest = float((traffic * self.seconds_per_byte).max()) * size
-        return 2 * (n - 1) / n * busiest + 2 * (n - 1) * float(latency.max())
+        longest = float(self._path_latency(following[np.argsort(here)]).max())
+        return 2 * (n - 1) / n * busiest + 2 * (n - 1) * longest
 
     def ordered_ranks(self) -> list[int]:
         """The ranks along the tree: those of a host, of a rack and so on beside each other."""
-        ordered: list[int] = np.lexsort(self.above).tolist()  # the last level, nearest to the top, counts first
+        ordered: list[int] = []
+        nodes = [self.topology.top]
+        while nodes:
+            node = nodes.pop()
+            ordered += self.topology.ranks.get(node, ())
+            nodes += reversed(self.topology.children.get(node, ()))
         return ordered
 
     def hierarchical_seconds(self, size: float) -> float:
@@ -172,17 +185,18 @@ class Network:
         Each level is a step of its own. A node among the c below a switch sends ``2 (c - 1) / c`` models, to which each
         rank below it contributes its shard.
         """
-        total = 0.0
-        for depth, level in enumerate(self.above):
+        total, latency = 0.0, np.zeros(self.world_size)
+        for depth, level in enumerate(self._levels):
             ranks = np.flatnonzero(level >= 0)
             node = level[ranks]
+            latency[ranks] += self._latency[node]  # of the way up so far
             siblings = self._siblings[node]
             sends = 2 * (siblings - 1) / siblings / np.bincount(node)[node]
             busiest = 0.0
-            for lower in self.above[: depth + 1]:
-                traffic = np.bincount(lower[ranks], sends, len(self.nodes))
+            for lower in self._levels[: depth + 1, ranks]:
+                traffic = np.bincount(lower[lower >= 0], sends[lower >= 0], len(self.nodes))
                 busiest = max(busiest, float((traffic * self.seconds_per_byte).max()) * size)
-            total += busiest + float((4 * (siblings - 1) * self._latency[node]).max())
+            total += busiest + float((4 * (siblings - 1) * latency[ranks]).max())
         return total
 
 
