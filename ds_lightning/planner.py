@@ -240,7 +240,7 @@ class _Search:
         n = self.network.world_size
         by_distance = n <= _CHOSEN_RANKS
         budgets = self._budgets()
-        tries = min(max(1, 3200 // (n * len(budgets))), _MOST_TRIES) if n <= _TRIED_RANKS else 1
+        tries = min(max(1, min(3200 // n, 400) // len(budgets)), _MOST_TRIES) if n <= _TRIED_RANKS else 1
         for (narrow, wide, every), seed in itertools.product(budgets, range(self.seed, self.seed + tries)):
             chooser = _Chooser(self.network, seed)
             allowed = [self._allowed(wide), *[self._allowed(narrow)] * (every - 1)]

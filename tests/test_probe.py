@@ -194,11 +194,6 @@ def test_wrong_input_is_one_line(arguments, environment, says, monkeypatch, caps
     assert said.count("\n") == 1
 
 
-def test_there_must_be_a_command(capsys):
-    assert main([]) == main(["prob"]) == 2
-    assert capsys.readouterr().err.count("\n") == 2
-
-
 def test_slurm_says_who_and_where(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR"):
         monkeypatch.delenv(name, raising=False)
