@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from ipaddress import ip_address
 from statistics import median
 from typing import Any, Protocol, TypeVar
 
@@ -230,8 +231,12 @@ def _lead(talk: _Talk, names: list[str], hosts: Sequence[str], seconds: float, m
             sent = max(answer["sent"] for answer in answers)
             return {(a, b): rate for answer in answers for a, b, rate in answer["rates"]}
 
-        addresses = talk.ask(station, {"do": "listen", "token": os.urandom(8).hex()})
-        talk.ask(station, {"do": "meet", "addresses": [answer["address"] for answer in addresses]})
+        listen = {"do": "listen", "token": os.urandom(8).hex()}
+        addresses = [answer["address"] for answer in talk.ask(station, listen)]
+        far = [address for address, _ in addresses if not ip_address(address).is_loopback]
+        if far and ip_address(addresses[0][0]).is_loopback:  # some systems give that to a host's own name
+            addresses[0] = station.obey(listen | {"towards": far[0]}).get("address", addresses[0])
+        talk.ask(station, {"do": "meet", "addresses": addresses})
         findings = find_bottlenecks(len(names), measure)
         for rates, what in ((findings.up, "sent"), (findings.down, "got")):
             if idle := [name for name, rate in zip(names, rates, strict=True) if not rate > 0]:

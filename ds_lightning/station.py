@@ -57,11 +57,14 @@ class Station:
 
     def close(self) -> None:
         """Close everything, also what others have just connected."""
+        self._deafen()
+        self._hang_up()
+
+    def _deafen(self) -> None:
         if self._listener is not None:
             with suppress(OSError):
                 self._listener.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
             self._listener.close()
-        self._hang_up()
 
     def _hang_up(self, before: float = math.inf) -> None:
         """Close what rounds before this one have left; others may be connecting for it already."""
@@ -74,9 +77,10 @@ class Station:
 
     # ---- what rank 0 says -------------------------------------------------------------------------------------------
 
-    def _listen(self, token: str) -> dict[str, Any]:
+    def _listen(self, token: str, towards: str = "") -> dict[str, Any]:
         self._token = token.encode()
-        family, address = own_address()
+        family, address = own_address(towards)
+        self._deafen()
         self._listener = socket.create_server((address, 0), family=family, backlog=512)
         threading.Thread(target=self._accept, args=(self._listener,), name="dssync: probe", daemon=True).start()
         return {"address": self._listener.getsockname()[:2]}
@@ -224,8 +228,8 @@ def _receive(connection: socket.socket, count: int) -> bytes:
     return data
 
 
-def own_address() -> tuple[socket.AddressFamily, str]:
-    """The address of this host for others: of GLOO_SOCKET_IFNAME, or the one with which it reaches MASTER_ADDR."""
+def own_address(towards: str = "") -> tuple[socket.AddressFamily, str]:
+    """The address of this host for others: of GLOO_SOCKET_IFNAME, or by which it reaches one of them."""
     interface = os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0]
     if interface:
         import fcntl
@@ -238,7 +242,7 @@ def own_address() -> tuple[socket.AddressFamily, str]:
             except OSError as error:
                 raise OSError(f"no IPv4 address of GLOO_SOCKET_IFNAME={interface}: {error}") from None
             return socket.AF_INET, socket.inet_ntoa(answer[20:24])
-    main = os.environ.get("MASTER_ADDR", "localhost")
+    main = towards or os.environ.get("MASTER_ADDR", "localhost")
     family, kind, _, _, where = socket.getaddrinfo(main, 9, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind) as asking:
         asking.connect(where)  # sends nothing

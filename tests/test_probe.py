@@ -160,6 +160,11 @@ def test_a_stranger_is_sent_away():
         one.close()
 
 
+def test_the_address_towards_another_host_may_be_another():
+    assert station.own_address() == (station.socket.AF_INET, "127.0.0.1")
+    assert station.own_address("127.0.0.5")[1] in ("127.0.0.1", "127.0.0.5")
+
+
 def test_an_interface_without_an_address_is_named(monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nothing0")
     with pytest.raises(OSError, match="no IPv4 address of GLOO_SOCKET_IFNAME=nothing0"):
