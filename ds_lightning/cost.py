@@ -18,6 +18,7 @@ grid have 0.5 at 8 ranks, 0.69 at 16 and 0.89 at 64.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -146,20 +147,36 @@ class Network:
             found.append((node[parted], group[parted], crossing[parted]))
         return found
 
-    def ring_seconds(self, order: Sequence[int], size: float) -> float:
+    def with_shares(self, shares: Floats) -> Network:
+        """The same network, of whose links only these shares of the bandwidths are left, shape (nodes,)."""
+        other = copy(self)
+        other.seconds_per_byte = self.seconds_per_byte / shares
+        return other
+
+    def ring_seconds(self, order: Sequence[int] | Ints, size: float) -> float:
         """Of an all-reduce along a ring of all ranks: ``2 (N - 1) / N`` models from each rank to the next."""
-        here = np.asarray(order)
-        n = len(here)
-        if n < 2:
+        if len(order) < 2:
             return 0.0
-        traffic, latency = np.zeros(len(self.nodes)), np.zeros(n)
+        latency = np.zeros(len(order))
+        for node, out in self._ring(order):
+            latency[out] += 2 * self._latency[node]
+        busiest = float((self.ring_traffic(order) * self.seconds_per_byte).max()) * size
+        return busiest + 2 * (len(order) - 1) * float(latency.max())
+
+    def ring_traffic(self, order: Sequence[int] | Ints) -> Floats:
+        """What that puts on each node's link per direction, in multiples of a model's bytes; shape (nodes,)."""
+        crossings = [node for node, _ in self._ring(order)]
+        return 2 * (len(order) - 1) / len(order) * np.bincount(np.concatenate(crossings), minlength=len(self.nodes))
+
+    def _ring(self, order: Sequence[int] | Ints) -> list[tuple[Ints, Ints]]:
+        """Per level: the nodes that the ring leaves, and the places in it where it does."""
+        here = np.asarray(order)
+        found = []
         for level in self.above:
             node, following = level[here], level[np.roll(here, -1)]
-            out = (node >= 0) & (node != following)
-            np.add.at(traffic, node[out], 1)
-            latency[out] += 2 * self._latency[node[out]]
-        busiest = float((traffic * self.seconds_per_byte).max()) * size
-        return 2 * (n - 1) / n * busiest + 2 * (n - 1) * float(latency.max())
+            out = np.flatnonzero((node >= 0) & (node != following))
+            found.append((node[out], out))
+        return found
 
     def ordered_ranks(self) -> list[int]:
         """The ranks along the tree: those of a host, of a rack and so on beside each other."""
@@ -172,18 +189,28 @@ class Network:
         Each level is a step of its own. A node among the c below a switch sends ``2 (c - 1) / c`` models, to which each
         rank below it contributes its shard.
         """
-        total = 0.0
+        return sum(
+            float((traffic * self.seconds_per_byte).max()) * size + latency for traffic, latency in self._hierarchy
+        )
+
+    def hierarchical_traffic(self) -> Floats:
+        """What that puts on each node's link per direction, in multiples of a model's bytes; shape (nodes,)."""
+        return np.sum([traffic for traffic, _ in self._hierarchy], axis=0)
+
+    @cached_property
+    def _hierarchy(self) -> list[tuple[Floats, float]]:
+        """Per level: traffic and latency of an all-reduce below the switches above it."""
+        found = []
         for depth, level in enumerate(self.above):
             ranks = np.flatnonzero(level >= 0)
             node = level[ranks]
             siblings = self._siblings[node]
             sends = 2 * (siblings - 1) / siblings / np.bincount(node)[node]
-            busiest = 0.0
+            traffic = np.zeros(len(self.nodes))
             for lower in self.above[: depth + 1]:
-                traffic = np.bincount(lower[ranks], sends, len(self.nodes))
-                busiest = max(busiest, float((traffic * self.seconds_per_byte).max()) * size)
-            total += busiest + float((4 * (siblings - 1) * self._latency[node]).max())
-        return total
+                traffic += np.bincount(lower[ranks], sends, len(self.nodes))
+            found.append((traffic, float((4 * (siblings - 1) * self._latency[node]).max())))
+        return found
 
 
 def step_seconds(
