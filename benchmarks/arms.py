@@ -28,7 +28,8 @@ from typing_extensions import override
 
 from benchmarks.cluster import sent_by
 from ds_lightning import DSSyncStrategy
-from ds_lightning.cost import Network, ddp_step_seconds, rounds, step_seconds
+from ds_lightning.cost import Network, ddp_step_seconds, rounds
+from ds_lightning.flows import followed_step_seconds
 from ds_lightning.planner import plan
 from ds_lightning.schedule import make_schedule
 from ds_lightning.topology import Topology
@@ -291,7 +292,8 @@ def predict(arm: str, topology: str | None, parameter_bytes: int, compute: float
     else:
         schedule = make_schedule("auto", network.world_size, options.get("group_size", "auto"))
     # An average has the compute of all steps until the next one to hide in.
-    return step_seconds(network, rounds(schedule), size, every * compute, overlap) / every
+    # Event by event, as the planner takes the time of so few ranks.
+    return followed_step_seconds(network, rounds(schedule), size, every * compute, overlap) / every
 
 
 # ---- one run --------------------------------------------------------------------------------------------------------

@@ -176,6 +176,15 @@ class Run:
             self._begin(rank, group.step + 1, end)
 
 
+def followed_step_seconds(
+    network: Network, schedule: Sequence[Round], size: float, compute: float = 0.0, overlap: bool = True
+) -> float:
+    """As :func:`ds_lightning.cost.step_seconds`, from a run that is followed event by event."""
+    settling, measured = (-(-steps // len(schedule)) * len(schedule) for steps in (24, 48))
+    ends = Run(network, schedule, size, compute, overlap).ends(settling + measured).mean(axis=1)
+    return float(ends[-1] - ends[settling - 1]) / measured
+
+
 def _share(transfers: Iterable[_Transfer], capacity: Sequence[float]) -> None:
     """Max-min fair rates: the link that has least for each is shared out first."""
     open_ = list(transfers)

@@ -7,7 +7,6 @@ import json
 import math
 import os
 import re
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from fractions import Fraction
@@ -84,12 +83,13 @@ def _figures(found: Plan, option: Option, pairs: float) -> Figures:
 
 
 def main(argv: list[str]) -> int:
-    """Run the command and return its exit code: 2 for wrong input, after one line that says what is wrong."""
+    """The command; wrong input ends it, after one line that says what is wrong."""
+    parser = _parser()
+    args = parser.parse_args(argv)
     try:
-        _run(_parse(argv))
+        _run(args)
     except (OSError, ValueError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        parser.error(str(error))
     return 0
 
 
@@ -113,7 +113,7 @@ def _run(args: argparse.Namespace) -> None:
         found = plan(topology, size, args.compute, not args.no_overlap, args.seed)
     about = (
         f"{topology.world_size:,} ranks on {len(topology.hosts):,} hosts, {size / 1e6:,.4g} MB on the wire "
-        f"({args.wire}), {found.compute:g} s of compute{', overlapped' if found.overlap else ', not overlapped'}"
+        f"({args.wire}), {found.compute:.3g} s of compute{', overlapped' if found.overlap else ', not overlapped'}"
     )
     table = figures(found)
     print(f"\n{about}")
@@ -199,20 +199,20 @@ def _json(found: Plan, table: list[Figures], args: argparse.Namespace) -> str:
     return "{\n" + ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in content.items()) + "\n}\n"
 
 
-def _parse(argv: list[str]) -> argparse.Namespace:
+def _parser() -> Parser:
     parser = Parser("plan", "Finds a schedule for a described network: a table, a picture and a file to load.")
     parser.add_argument("--topology", type=Path, required=True, metavar="FILE", help="YAML of hosts, switches, links")
     parser.add_argument(
         "--parameters", type=_parameters, required=True, help="of the model, and float buffers: 110M, 1.5B, 25k, 123456"
     )
     parser.add_argument(
-        "--compute", type=_seconds, default=0.0, help="seconds of forward and backward (0: the wire alone counts)"
+        "--compute", type=_seconds, help="seconds of forward and backward; left out: as long as two hosts need to swap"
     )
     parser.add_argument("--wire", choices=WIRE_DTYPES, default="fp32", help="dtype in which models travel (fp32)")
     parser.add_argument("--no-overlap", action="store_true", help="average after the optimizer step, not meanwhile")
     parser.add_argument("--seed", type=int, default=0, help="of choices among equals (0)")
     parser.add_argument("--output", type=Path, default=Path("outputs"), metavar="FOLDER", help="for files (outputs)")
-    return parser.parse_args(argv)
+    return parser
 
 
 def _parameters(text: str) -> int:

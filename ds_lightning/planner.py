@@ -14,12 +14,13 @@ import itertools
 import math
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 
 from ds_lightning.cost import Floats, Network, Round, ddp_step_seconds, rounds, steady_error, step_seconds
+from ds_lightning.flows import followed_step_seconds
 from ds_lightning.schedule import CyclicSchedule, Partition, Schedule, make_schedule
 from ds_lightning.topology import Topology
 
@@ -31,13 +32,14 @@ SAME_TIME = 1.03
 LARGEST_GROUP = 8
 # A rank has a process group for each of the others it meets within a period.
 LONGEST_PERIOD = 16
-# Up to here ranks are chosen by how far they are apart (the work grows as N^2); beyond they are drawn.
+# Up to here ranks are chosen by how far they are apart (the work grows as N^2) and runs are followed event by event;
+# beyond they are drawn, and the recurrence tells the time.
 _CHOSEN_RANKS = 64
 # Lots decide between equals: up to so many ranks it is worth to draw them more than once.
 _TRIED_RANKS = 16
 _TRIES = 3
-# Up to so many ranks all budgets are tried that the links suggest, beyond the few that matter most.
-_THOROUGH_RANKS = 1024
+# So many schedules at most are followed event by event: those that the recurrence takes to be the fastest.
+_FOLLOWED = 16
 
 
 @dataclass(frozen=True)
@@ -90,22 +92,43 @@ class Plan:
 
     @property
     def ddp_is_better(self) -> bool:
-        """Whether DDP's all-reduce takes no longer, in the order that the ranks have."""
-        return self.alternatives[0].seconds <= SAME_TIME * self.best.seconds
+        """Whether an all-reduce takes no longer than the plan."""
+        return self._all_reduce.seconds <= SAME_TIME * self.best.seconds
+
+    @property
+    def _all_reduce(self) -> Option:
+        """The fastest one of each step; in rank order, if that is as fast."""
+        exact = [option for option in self.alternatives if option.name.startswith("DDP")]
+        fastest = min(option.seconds for option in exact)
+        return next(option for option in exact if option.seconds <= SAME_TIME * fastest)
 
     @property
     def verdict(self) -> str:
-        """One sentence for people."""
-        ddp, best = self.alternatives[0], self.best
+        """What to do, for people."""
+        best, exact, ddp = self.best, self._all_reduce, self.alternatives[0]
         if self.ddp_is_better:
-            return (
-                f"Plain DDP is the better choice here: its step takes {ddp.seconds:.3g} s, the best plan's"
+            which = "Plain DDP" if exact is ddp else exact.name
+            said = (
+                f"{which} is the better choice here: its step takes {exact.seconds:.3g} s, the best plan's"
                 f" {best.seconds:.3g} s, and its replicas never differ."
             )
-        return f"The plan's step takes {best.seconds:.3g} s, {ddp.seconds / best.seconds:.2f} times faster than DDP's."
+        else:
+            said = (
+                f"The plan's step takes {best.seconds:.3g} s, {ddp.seconds / best.seconds:.2f} times faster than DDP's"
+            )
+            if exact is not ddp:
+                said += f" ({exact.seconds / best.seconds:.2f} times faster than {exact.name})"
+            said += "."
+        local = next(option for option in self.alternatives if option.name.startswith("local SGD"))
+        if local.seconds < best.seconds / SAME_TIME and local.seconds < exact.seconds / SAME_TIME:
+            said += (
+                f" {local.name[0].upper()}{local.name[1:]}, takes {local.seconds:.3g} s per step, at an error of"
+                f" {local.error:.2f} where the plan's is {best.error:.2f}."
+            )
+        return said
 
 
-def plan(topology: Topology, size: float, compute: float = 0.0, overlap: bool = True, seed: int = 0) -> Plan:
+def plan(topology: Topology, size: float, compute: float | None = None, overlap: bool = True, seed: int = 0) -> Plan:
     """The schedule with the best trade of step time and consensus error on a network.
 
     That is the fastest one whose steady consensus error is at most :data:`MOST_ERROR` times that of blind pairs, and
@@ -114,26 +137,34 @@ def plan(topology: Topology, size: float, compute: float = 0.0, overlap: bool = 
     Args:
         topology: The network and its ranks.
         size: Bytes of the model on the wire: parameters and float buffers in the wire's dtype.
-        compute: Seconds of forward and backward of a step; 0 where not known: then the wire alone counts.
+        compute: Seconds of forward and backward of a step. ``None``: not known; taken to be what the fastest hosts need
+            to swap models, which is the least that hides the averages of pairs.
         overlap: Whether averages run during them.
         seed: Of choices among equals.
 
     Raises:
         ValueError: If a number is out of range.
     """
-    for name, value, least in (("size", size, 1), ("compute", compute, 0)):
-        if not (isinstance(value, int | float) and least <= value < math.inf):
-            raise ValueError(f"{name}={value!r} is out of range. HINT: use a number of at least {least}.")
+    _check_number("size", size, 1)
+    if compute is not None:
+        _check_number("compute", compute, 0)
+    if topology.world_size == 1:
+        raise ValueError("the topology has one rank, which has nobody to average with. HINT: give it all ranks.")
     network = Network(topology)
-    search = _Search(network, float(size), float(compute), overlap, seed)
+    search = _Search(network, float(size), compute, overlap, seed)
     alternatives = tuple(_alternatives(search))
     pairs = next(option for option in alternatives if option.name == BLIND_PAIRS)
-    options = [option for option in alternatives if option.schedule is not None]
-    options += search.options()
-    good = [option for option in options if option.error <= MOST_ERROR * pairs.error + 1e-9]
-    fastest = min(option.seconds for option in good)
-    best = min((o for o in good if o.seconds <= SAME_TIME * fastest), key=lambda o: (round(o.error, 6), o.seconds))
-    return Plan(topology, float(size), float(compute), overlap, best, alternatives)
+    known = [option for option in alternatives if option.schedule is not None]
+    most_error = MOST_ERROR * pairs.error + 1e-9
+    options = [option for option in (*known, *search.followed(most_error)) if option.error <= most_error]
+    fastest = min(option.seconds for option in options)
+    best = min((o for o in options if o.seconds <= SAME_TIME * fastest), key=lambda o: (round(o.error, 6), o.seconds))
+    return Plan(topology, float(size), search.compute, overlap, best, alternatives)
+
+
+def _check_number(name: str, value: float, least: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < math.inf:
+        raise ValueError(f"{name}={value!r} is out of range. HINT: use a number of at least {least}.")
 
 
 BLIND_PAIRS = "blind pairs"
@@ -162,22 +193,49 @@ def _alternatives(search: _Search) -> Iterator[Option]:
 class _Search:
     """Schedules by budgets, and what they cost."""
 
-    def __init__(self, network: Network, size: float, compute: float, overlap: bool, seed: int) -> None:
-        self.network, self.size, self.compute, self.overlap, self.seed = network, size, compute, overlap, seed
+    def __init__(self, network: Network, size: float, compute: float | None, overlap: bool, seed: int) -> None:
+        self.network, self.size, self.overlap, self.seed = network, size, overlap, seed
         self.links = network.seconds_per_byte * size  # seconds of one model on each node's link
+        self._fastest = float(self.links[np.unique(network.above[0])].min())
+        self.compute = self._fastest if compute is None else float(compute)
 
     def option(self, name: str, schedule: Schedule) -> Option:
         """A schedule and its figures."""
         period = rounds(schedule)
-        seconds = step_seconds(self.network, period, self.size, self.compute, self.overlap)
-        return Option(name, seconds, steady_error(period), schedule)
+        return Option(name, self._seconds(period), steady_error(period), schedule)
+
+    def _seconds(self, period: Sequence[Round]) -> float:
+        arguments = self.network, period, self.size, self.compute, self.overlap
+        return followed_step_seconds(*arguments) if self._follows else step_seconds(*arguments)
+
+    @property
+    def _follows(self) -> bool:
+        return self.network.world_size <= _CHOSEN_RANKS
+
+    def followed(self, most_error: float) -> Iterator[Option]:
+        """The fastest of :meth:`options`, with the times of their events in the place of the recurrence's.
+
+        Those are hardly ever shorter: none follows that could not be the fastest.
+        """
+        options = sorted((o for o in self.options() if o.error <= most_error), key=lambda o: (o.seconds, o.error))
+        if not self._follows:
+            yield from options
+            return
+        fastest = math.inf
+        for option in options[:_FOLLOWED]:
+            assert option.schedule is not None
+            if option.seconds > SAME_TIME * fastest:
+                return
+            option = replace(option, seconds=self._seconds(rounds(option.schedule)))
+            fastest = min(fastest, option.seconds)
+            yield option
 
     def options(self) -> Iterator[Option]:
-        """What budgets lead to."""
+        """What budgets lead to, with the times of the recurrence."""
         n = self.network.world_size
         by_distance = n <= _CHOSEN_RANKS
         seeds = range(self.seed, self.seed + (_TRIES if n <= _TRIED_RANKS else 1))
-        for (narrow, wide, every), seed in itertools.product(self._budgets(n <= _THOROUGH_RANKS), seeds):
+        for (narrow, wide, every), seed in itertools.product(self._budgets(), seeds):
             chooser = _Chooser(self.network, seed)
             allowed = [self._allowed(wide), *[self._allowed(narrow)] * (every - 1)]
             # Those chosen by distance depend on what came before, and where the period is cut makes a difference.
@@ -185,30 +243,46 @@ class _Search:
             settle = -(-LONGEST_PERIOD // every) * every if by_distance else 0
             partitions = [chooser.partition(allowed[t % every]) for t in range(settle + periods[-1])][settle:]
             name = "planned" if every == 1 else f"planned, wider every {every} steps"
-            options = [self.option(name, CyclicSchedule(partitions[:period])) for period in periods]
-            yield min(options, key=lambda option: (option.error, option.seconds))
+            found = []
+            for period in periods:
+                schedule = CyclicSchedule(_shortest(partitions[:period]))
+                each = rounds(schedule)
+                seconds = step_seconds(self.network, each, self.size, self.compute, self.overlap)
+                found.append(Option(name, seconds, steady_error(each), schedule))
+            yield min(found, key=lambda option: (option.error, option.seconds))
 
     def _allowed(self, budget: float) -> Floats:
         """Models that each node's link carries within a budget."""
         return budget / self.links + 1e-9
 
-    def _budgets(self, thoroughly: bool) -> list[tuple[float, float, int]]:
-        """A narrow budget, a wide one, and every how many steps it is that."""
-        hosts = self.links[np.unique(self.network.above[0])]
-        base = sorted({_rounded_up(seconds) for seconds in self.links if seconds >= hosts.min() / 1.05})
-        kinds = 4 if thoroughly else 2
+    def _budgets(self) -> list[tuple[float, float, int]]:
+        """A narrow budget, a wide one, and every how many steps it is that; fewer of them for many ranks."""
+        kinds: int
+        factors: tuple[float, ...]
+        everies: tuple[int, ...]
+        if self.network.world_size <= _TRIED_RANKS:
+            kinds, factors, everies = 4, (1.0, 1.5, 2.0), (2, 3, 4, 6, 8)  # of pairs, groups of 4, groups of any size
+        elif self.network.world_size <= 1024:
+            kinds, factors, everies = 3, (1.0, 2.0), (2, 3, 4)
+        else:
+            kinds, factors, everies = 2, (1.0, 2.0), (2, 4)
+        base = sorted({_rounded_up(seconds) for seconds in self.links if seconds >= self._fastest / 1.05})
         if len(base) > kinds:  # measured links are all different
             base = [base[round(i * (len(base) - 1) / (kinds - 1))] for i in range(kinds)]
-        factors = (1.0, 1.5, 2.0) if thoroughly else (1.0, 2.0)  # of pairs, groups of 4, groups of any size
-        narrow = sorted({b * factor for b in base for factor in factors})
-        wide = narrow
+        wide = narrow = sorted({b * factor for b in base for factor in factors})
         if self.overlap and self.compute > narrow[0]:
             narrow = sorted({self.compute, *(b for b in narrow if b > self.compute)})  # less would save no time
         found = [(budget, budget, 1) for budget in narrow]
-        for budget, wider, every in itertools.product((0.0, *narrow), wide, (2, 3, 4, 6, 8) if thoroughly else (2, 4)):
+        for budget, wider, every in itertools.product((0.0, *narrow), wide, everies):
             if wider > 1.05 * budget:
                 found.append((budget, wider, every))
         return found
+
+
+def _shortest(partitions: list[Partition]) -> list[Partition]:
+    """The part that is repeated."""
+    n = len(partitions)
+    return next(partitions[:p] for p in range(1, n + 1) if n % p == 0 and partitions[:p] * (n // p) == partitions)
 
 
 def _rounded_up(seconds: float) -> float:
