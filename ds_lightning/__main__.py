@@ -9,6 +9,7 @@ from importlib import import_module
 COMMANDS = {
     "plan": ("ds_lightning.plan_command", "find the schedule that suits a network, beside what else there is"),
     "simulate learning": ("ds_lightning.learning_command", "train N virtual workers in this process, by any schedule"),
+    "simulate time": ("ds_lightning.timing_command", "tell how long steps take on a cluster, by any schedule"),
 }
 
 

@@ -166,7 +166,10 @@ class Network:
     def ring_traffic(self, order: Sequence[int] | Ints) -> Floats:
         """What that puts on each node's link per direction, in multiples of a model's bytes; shape (nodes,)."""
         crossings = [node for node, _ in self._ring(order)]
-        return 2 * (len(order) - 1) / len(order) * np.bincount(np.concatenate(crossings), minlength=len(self.nodes))
+        traffic: Floats = (
+            2 * (len(order) - 1) / len(order) * np.bincount(np.concatenate(crossings), None, len(self.nodes))
+        )
+        return traffic
 
     def _ring(self, order: Sequence[int] | Ints) -> list[tuple[Ints, Ints]]:
         """Per level: the nodes that the ring leaves, and the places in it where it does."""
@@ -195,7 +198,8 @@ class Network:
 
     def hierarchical_traffic(self) -> Floats:
         """What that puts on each node's link per direction, in multiples of a model's bytes; shape (nodes,)."""
-        return np.sum([traffic for traffic, _ in self._hierarchy], axis=0)
+        total: Floats = np.sum([traffic for traffic, _ in self._hierarchy], axis=0)
+        return total
 
     @cached_property
     def _hierarchy(self) -> list[tuple[Floats, float]]:
