@@ -165,11 +165,9 @@ class Network:
 
     def ring_traffic(self, order: Sequence[int] | Ints) -> Floats:
         """What that puts on each node's link per direction, in multiples of a model's bytes; shape (nodes,)."""
-        crossings = [node for node, _ in self._ring(order)]
-        traffic: Floats = (
-            2 * (len(order) - 1) / len(order) * np.bincount(np.concatenate(crossings), None, len(self.nodes))
-        )
-        return traffic
+        crossings = np.concatenate([node for node, _ in self._ring(order)])
+        counts: Floats = np.bincount(crossings, minlength=len(self.nodes)).astype(float)
+        return counts * (2 * (len(order) - 1) / len(order))
 
     def _ring(self, order: Sequence[int] | Ints) -> list[tuple[Ints, Ints]]:
         """Per level: the nodes that the ring leaves, and the places in it where it does."""

@@ -116,7 +116,7 @@ class Timing:
     Attributes:
         name: Of the schedule.
         ends: Mean, earliest and latest end of each step over the ranks, in seconds from the start, shape (steps, 3).
-        spread: 5th and 95th percentile over ranks of what each step takes, shape (steps, 2).
+        spread: What each step takes single ranks: its 0th, 1st, ... 100th percentile, shape (steps, 101).
         waiting: Share of each rank's time in which it does not compute, shape (N,).
         slowest: The rank that ends last.
         busy: Seconds per step that each link is busy, shape (nodes,).
@@ -146,7 +146,8 @@ class Clock:
 
     name: str
     setting: Setting
-    _rows: list[tuple[float, ...]] = field(default_factory=list)
+    _rows: list[tuple[float, float, float]] = field(default_factory=list)
+    _spread: list[Floats] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         n = self.setting.topology.world_size
@@ -155,19 +156,19 @@ class Clock:
 
     def add(self, ends: Floats, busy: Floats) -> tuple[float, float, float]:
         """The next step; its mean, earliest and latest end."""
-        low, high = np.percentile(ends - self._last, (5, 95))
         row = float(ends.mean()), float(ends.min()), float(ends.max())
         self._computed += self.setting.computing(len(self._rows))
-        self._rows.append((*row, low, high))
+        self._rows.append(row)
+        self._spread.append(np.percentile(ends - self._last, np.arange(101)))
         self._last, self._busy = ends, self._busy + busy
         return row
 
     def timing(self) -> Timing:
         """Of the steps so far."""
-        rows = np.array(self._rows)
         waiting = 1 - self._computed / np.maximum(self._last, 1e-300)
         slowest = int(self._last.argmax())
-        return Timing(self.name, rows[:, :3], rows[:, 3:], waiting, slowest, self._busy / len(rows))
+        ends, spread = np.array(self._rows), np.array(self._spread)
+        return Timing(self.name, ends, spread, waiting, slowest, self._busy / len(ends))
 
 
 def run(setting: Setting, name: str, steps: int, on_step: Callable[[int, Floats], None] | None = None) -> Timing:

@@ -127,61 +127,68 @@ def _table(setting: Setting, done: list[Timing]) -> Table:
 
 
 def picture(done: list[Timing], path: Path, title: str) -> None:
-    """Step time by step, how long ranks wait, and mean step times."""
+    """Step time by step, a row for each schedule; beside that means, and how step times are distributed."""
     require("matplotlib").use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplot_mosaic(
-        [["steps", "means"], ["steps", "waiting"]], figsize=(13, 6), width_ratios=(1.7, 1), layout="constrained"
-    )
-    _draw_steps(axes["steps"], done)
+    figure = plt.figure(figsize=(13, 1.6 + 0.95 * max(4, len(done))), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=(1.5, 1), wspace=0.03)
+    _draw_steps(left, done)
+    upper, lower = right.subplots(2, 1)
     places = np.arange(len(done))
-    for axis in (axes["means"], axes["waiting"]):
+    for axis in (upper, lower):
         axis.set_yticks(places, [one.name for one in done])
         axis.set_ylim(len(done) - 0.4, -0.6)
         axis.tick_params(axis="y", length=0)
         axis.grid(axis="x", alpha=0.3)
         axis.set_axisbelow(True)
     means = [one.mean for one in done]
-    axes["means"].barh(places, means, color=[_COLOURS[one.name] for one in done], height=0.65)
+    upper.barh(places, means, color=[_COLOURS[one.name] for one in done], height=0.65)
     for place, mean in zip(places, means, strict=True):
-        axes["means"].annotate(f"{mean:.3g}", (mean, place), (4, 0), textcoords="offset points", va="center")
-    axes["means"].set_xlim(0, 1.15 * max(means) or 1)
-    axes["means"].set_title("mean seconds per step", fontsize="medium", loc="left")
+        upper.annotate(f"{mean:.3g}", (mean, place), (4, 0), textcoords="offset points", va="center")
+    upper.set_xlim(0, 1.15 * max(means) or 1)
+    upper.set_title("mean seconds per step", fontsize="medium", loc="left")
     for place, one in zip(places, done, strict=True):
-        least, low, middle, high, most = 100 * np.clip(np.percentile(one.waiting, (0, 5, 50, 95, 100)), 0, 1)
-        colour = _COLOURS[one.name]
-        axes["waiting"].plot([least, most], [place, place], color=colour, linewidth=1.2, solid_capstyle="butt")
-        axes["waiting"].plot([low, high], [place, place], color=colour, linewidth=6, solid_capstyle="butt")
-        axes["waiting"].plot(middle, place, "o", color=colour, markersize=8, markeredgecolor="white")
-    axes["waiting"].set_xlim(-2, 102)
-    axes["waiting"].set_title(
-        "share of its time (%) that a rank waits: median, 5-95%, range of ranks", fontsize="medium", loc="left"
-    )
+        least, low, middle, high, most = np.percentile(one.spread, (0, 5, 50, 95, 100))
+        line: dict[str, Any] = {"color": _COLOURS[one.name], "solid_capstyle": "butt"}
+        lower.plot([least, most], [place, place], linewidth=1.2, **line)
+        lower.plot([low, high], [place, place], linewidth=7, **line)
+        lower.plot(middle, place, "o", color=_COLOURS[one.name], markersize=9, markeredgecolor="white")
+    _scale(lower.xaxis, done)
+    lower.set_title("seconds of single steps of single ranks:\nmedian, 5-95%, range", fontsize="medium", loc="left")
     figure.suptitle(title, fontsize="medium")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
-def _draw_steps(axis: Any, done: list[Timing]) -> None:
-    for one in done:
-        colour = _COLOURS[one.name]
-        numbers = np.arange(1, len(one.ends) + 1)
-        style = {"marker": "."} if len(numbers) <= 60 else {"linewidth": 1.0}
-        axis.plot(numbers, one.steps, color=colour, label=one.name, zorder=3, **style)
-        if (one.spread[:, 1] > 1.01 * one.spread[:, 0]).any():
-            axis.fill_between(numbers, *one.spread.T, color=colour, alpha=0.15, linewidth=0)
-    drawn = np.concatenate([one.steps for one in done])
-    if drawn.min() > 0 and drawn.max() > _FAR_APART * drawn.min():
-        axis.set_yscale("log")
-        axis.yaxis.set_major_formatter("{x:g}")
-        axis.set_ylim(0.8 * drawn.min(), 1.3 * drawn.max())
-    else:
-        axis.set_ylim(0, 1.1 * drawn.max() or 1)
-    axis.set(xlabel="step")
-    axis.set_title("seconds per step: mean over ranks, and 5-95% of them", fontsize="medium", loc="left")
-    axis.grid(alpha=0.3)
-    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.09), ncols=7, frameon=False, columnspacing=1.2)
+def _draw_steps(figure: Any, done: list[Timing]) -> None:
+    axes = figure.subplots(len(done), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+    for axis, one in zip(axes, done, strict=True):
+        numbers, colour = np.arange(len(one.ends)) + 1, _COLOURS[one.name]
+        few = len(numbers) <= 60
+        axis.plot(numbers, one.steps, color=colour, marker="." if few else "", linewidth=1.5 if few else 0.8)
+        axis.fill_between(numbers, one.spread[:, 5], one.spread[:, 95], color=colour, alpha=0.2, linewidth=0)
+        axis.set_ylabel(one.name, rotation=0, ha="right", va="center")
+        axis.grid(alpha=0.3)
+    _scale(axes[0].yaxis, done)
+    axes[0].set_title("seconds of each step: mean over ranks, and 5-95% of them", fontsize="medium", loc="left")
+    axes[-1].set_xlabel("step")
+
+
+def _scale(axis: Any, done: list[Timing]) -> None:
+    """Logarithmic where step times are far apart; all schedules share it."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    low, high = min(one.spread.min() for one in done), max(one.spread.max() for one in done)
+    limits = axis.axes.set_xlim if axis.axis_name == "x" else axis.axes.set_ylim
+    if not low > 0 or high < _FAR_APART * low:
+        limits(0, 1.1 * high or 1)
+        return
+    (axis.axes.set_xscale if axis.axis_name == "x" else axis.axes.set_yscale)("log")
+    limits(0.8 * low, 1.25 * high)
+    axis.set_major_locator(LogLocator(subs=(1, 3) if high < 100 * low else (1,)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter("{x:g}")
 
 
 def _parse(argv: list[str]) -> tuple[argparse.Namespace, Setting, Path]:
