@@ -46,6 +46,7 @@ def generate(
     check_share("stragglers", stragglers)
     if check_share("straggler_share", straggler_share) == 0:
         raise ValueError("straggler_share=0 leaves a straggler no bandwidth. HINT: use a share above 0.")
+    check_seed(seed)
     hosts = -(-ranks // ranks_per_host)
     slow = min(hosts, max(1, round(stragglers * hosts))) if stragglers else 0
     slowed = set(np.random.default_rng((seed, 0)).choice(hosts, slow, replace=False).tolist())
@@ -69,3 +70,10 @@ def check_share(name: str, value: float) -> float:
     if not 0 <= value <= 1:
         raise ValueError(f"{name}={value:g} is no share. HINT: use a number from 0 to 1.")
     return value
+
+
+def check_seed(seed: int) -> int:
+    """``seed``, or a ``ValueError`` if it is negative, which numpy does not take."""
+    if seed < 0:
+        raise ValueError(f"seed={seed} is negative. HINT: use 0 or more.")
+    return seed

@@ -16,7 +16,7 @@ from functools import cached_property
 
 import numpy as np
 
-from ds_lightning.clusters import check_share
+from ds_lightning.clusters import check_seed, check_share
 from ds_lightning.cost import FORWARD, Floats, Network, Round, ddp_step_seconds, rounds
 from ds_lightning.flows import Contention, Run
 from ds_lightning.planner import plan
@@ -73,8 +73,7 @@ class Setting:
         check_share("contention", self.contention)
         amount("contention_period", self.contention_period)
         positive_int("local_steps", self.local_steps)
-        if self.seed < 0:
-            raise ValueError(f"seed={self.seed} is negative. HINT: use 0 or more.")
+        check_seed(self.seed)
 
     @cached_property
     def network(self) -> Network:
