@@ -10,6 +10,7 @@ COMMANDS = {
     "plan": ("ds_lightning.plan_command", "find the schedule that suits a network, beside what else there is"),
     "probe": ("ds_lightning.probe_command", "measure the network among the hosts of a job, and describe it"),
     "simulate learning": ("ds_lightning.learning_command", "train N virtual workers in this process, by any schedule"),
+    "simulate time": ("ds_lightning.timing_command", "tell how long steps take on a cluster, by any schedule"),
 }
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
+import re
 import sys
 import time
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -13,6 +16,9 @@ from typing_extensions import Self, override
 
 # Where there is no bar: seconds between lines that say how far it is.
 _EVERY = 10.0
+_SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
+_MOST_PARAMETERS = 10**15
+_LONGEST_COMPUTE = 1e6
 
 
 class Parser(argparse.ArgumentParser):
@@ -29,6 +35,39 @@ class Parser(argparse.ArgumentParser):
     @override
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
+def parameters(text: str) -> int:
+    """A number of parameters as people write it, for argparse."""
+    match = re.fullmatch(r"([0-9][0-9_]*(?:\.[0-9]*)?|\.[0-9]+)(e[0-9]{1,2})?([kmbgt]?)", text.strip().lower())
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of parameters; write one like 110M, 1.5B or 123456")
+    number = round(Fraction(match[1].rstrip(".") + (match[2] or "")) * _SUFFIXES[match[3]])
+    if not 1 <= number <= _MOST_PARAMETERS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not between 1 and {_MOST_PARAMETERS:g} parameters")
+    return number
+
+
+def seconds(text: str) -> float:
+    """A number of seconds, for argparse."""
+    try:
+        number = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds; write one like 0.35") from None
+    if not 0 <= number <= _LONGEST_COMPUTE:
+        raise argparse.ArgumentTypeError(f"{text!r} is not between 0 and {_LONGEST_COMPUTE:g} seconds")
+    return number
+
+
+def check_output(output: Path, name: str) -> None:
+    """A ``ValueError`` if no folder of that name can be made there: now, not when all is done."""
+    place = output / name
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise ValueError(f"--output {output}: {place} is a file. HINT: name a folder.")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ValueError(f"--output {output}: {place} is not writable. HINT: name another folder.")
 
 
 def require(module: str) -> Any:

@@ -18,6 +18,7 @@ grid have 0.5 at 8 ranks, 0.69 at 16 and 0.89 at 64.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -155,19 +156,29 @@ class Network:
             found.append((node[parted], group[parted], crossing[parted]))
         return found
 
-    def ring_seconds(self, order: Sequence[int], size: float) -> float:
+    def with_shares(self, shares: Floats) -> Network:
+        """The same network, of whose links only these shares of the bandwidths are left, shape (nodes,)."""
+        other = copy(self)
+        other.seconds_per_byte = self.seconds_per_byte / shares
+        return other
+
+    def ring_seconds(self, order: Sequence[int] | Ints, size: float) -> float:
         """Of an all-reduce along a ring of all ranks: ``2 (N - 1) / N`` models from each rank to the next."""
-        here, following = np.asarray(order), np.roll(order, -1)
-        n = len(here)
-        if n < 2:
+        if len(order) < 2:
             return 0.0
+        here = np.asarray(order)
+        longest = float(self._path_latency(np.roll(here, -1)[np.argsort(here)]).max())
+        busiest = float((self.ring_traffic(here) * self.seconds_per_byte).max()) * size
+        return busiest + 2 * (len(here) - 1) * longest
+
+    def ring_traffic(self, order: Sequence[int] | Ints) -> Floats:
+        """What that puts on each node's link per direction, in multiples of a model's bytes; shape (nodes,)."""
+        here, following = np.asarray(order), np.roll(order, -1)
         traffic = np.zeros(len(self.nodes))
         for level in self._levels:
             out = (level[here] >= 0) & (level[here] != level[following])
-            np.add.at(traffic, level[here][out], 1)
-        busiest = float((traffic * self.seconds_per_byte).max()) * size
-        longest = float(self._path_latency(following[np.argsort(here)]).max())
-        return 2 * (n - 1) / n * busiest + 2 * (n - 1) * longest
+            np.add.at(traffic, level[here][out], 2 * (len(here) - 1) / len(here))
+        return traffic
 
     def ordered_ranks(self) -> list[int]:
         """The ranks along the tree: those of a host, of a rack and so on beside each other."""
@@ -185,19 +196,30 @@ class Network:
         Each level is a step of its own. A node among the c below a switch sends ``2 (c - 1) / c`` models, to which each
         rank below it contributes its shard.
         """
-        total, latency = 0.0, np.zeros(self.world_size)
+        return sum(
+            float((traffic * self.seconds_per_byte).max()) * size + latency for traffic, latency in self._hierarchy
+        )
+
+    def hierarchical_traffic(self) -> Floats:
+        """What that puts on each node's link per direction, in multiples of a model's bytes; shape (nodes,)."""
+        total: Floats = np.sum([traffic for traffic, _ in self._hierarchy], axis=0)
+        return total
+
+    @cached_property
+    def _hierarchy(self) -> list[tuple[Floats, float]]:
+        """Per level: traffic and latency of an all-reduce below the switches above it."""
+        found, latency = [], np.zeros(self.world_size)
         for depth, level in enumerate(self._levels):
             ranks = np.flatnonzero(level >= 0)
             node = level[ranks]
             latency[ranks] += self._latency[node]  # of the way up so far
             siblings = self._siblings[node]
             sends = 2 * (siblings - 1) / siblings / np.bincount(node)[node]
-            busiest = 0.0
+            traffic = np.zeros(len(self.nodes))
             for lower in self._levels[: depth + 1, ranks]:
-                traffic = np.bincount(lower[lower >= 0], sends[lower >= 0], len(self.nodes))
-                busiest = max(busiest, float((traffic * self.seconds_per_byte).max()) * size)
-            total += busiest + float((4 * (siblings - 1) * latency[ranks]).max())
-        return total
+                traffic += np.bincount(lower[lower >= 0], sends[lower >= 0], len(self.nodes))
+            found.append((traffic, float((4 * (siblings - 1) * latency[ranks]).max())))
+        return found
 
 
 def step_seconds(

@@ -18,6 +18,33 @@ import numpy as np
 from ds_lightning.cost import Floats, Network, Round
 
 
+@dataclass(frozen=True)
+class Contention:
+    """What others do on the links: in each period another random share of them is slow.
+
+    The same seed gives the same bandwidths at the same time, whatever is done with them.
+
+    Args:
+        links: How many there are.
+        share: Of them that are slow at a time, on average.
+        period: Seconds after which others are.
+        seed: Of the choice.
+        lowest: Of a slow link's bandwidth at least this share is left, at most all of it, equally likely.
+    """
+
+    links: int
+    share: float
+    period: float
+    seed: int
+    lowest: float = 0.25
+
+    def shares(self, period: int) -> Floats:
+        """What is left of each link's bandwidth in a period, shape (links,)."""
+        random = np.random.default_rng((self.seed, period))
+        slow = random.random(self.links) < self.share
+        return np.where(slow, random.uniform(self.lowest, 1, self.links), 1.0)
+
+
 @dataclass
 class _Group:
     """An average under way."""
@@ -46,12 +73,22 @@ class Run:
         network: Where it runs.
         schedule: One period.
         size: Bytes of the model on the wire.
-        compute: Seconds of forward and backward.
+        compute: Seconds of forward and backward; of each step and rank, if it has the shape (steps, N).
         overlap: Whether an average runs during them.
+        contention: What others do on the links meanwhile.
     """
 
-    def __init__(self, network: Network, schedule: Sequence[Round], size: float, compute: float, overlap: bool) -> None:
-        self._schedule, self._size, self._compute, self._overlap = schedule, size, compute, overlap
+    def __init__(
+        self,
+        network: Network,
+        schedule: Sequence[Round],
+        size: float,
+        compute: float | Floats,
+        overlap: bool,
+        contention: Contention | None = None,
+    ) -> None:
+        self._schedule, self._size, self._overlap = schedule, size, overlap
+        self._compute, self._contention = compute, contention
         self._capacity = (1 / network.seconds_per_byte).tolist()
         self._ways = [[node for node in way if node >= 0] for way in network.above.T.tolist()]
         self._members = [
@@ -67,19 +104,26 @@ class Run:
         """When each rank ends each step, in seconds, shape (steps, N)."""
         n = len(self._ways)
         self._ends, self._begun, self._steps = np.zeros((steps, n)), np.zeros(n), steps
+        self._computes = np.broadcast_to(self._compute, (steps, n)).tolist()
         for rank in range(n):
             self._begin(rank, 0, 0.0)
-        now = 0.0
+        now, change, capacity = 0.0, 0.0 if self._contention else np.inf, self._capacity
         while self._events or self._under_way:
-            _share(self._under_way, self._capacity)
+            if self._contention and now >= change:
+                period = int(now // self._contention.period)
+                period += (period + 1) * self._contention.period <= now  # rounding
+                change = (period + 1) * self._contention.period
+                capacity = (np.array(self._capacity) * self._contention.shares(period)).tolist()
+            _share(self._under_way, capacity)
             over = min((now + transfer.left / transfer.rate for transfer in self._under_way), default=np.inf)
-            time = min(over, self._events[0][0] if self._events else np.inf)
+            event = self._events[0][0] if self._events else np.inf
+            time = min(over, event, change if self._under_way else np.inf)
             for transfer in self._under_way:
                 transfer.left -= transfer.rate * (time - now)
             now = time
             if time == over:
                 self._end_transfers(now)
-            else:
+            elif time == event:
                 _, step, rank = heapq.heappop(self._events)
                 self._join(rank, step, now)
         return self._ends
@@ -87,7 +131,7 @@ class Run:
     def _begin(self, rank: int, step: int, time: float) -> None:
         if step < self._steps:
             self._begun[rank] = time
-            heapq.heappush(self._events, (time if self._overlap else time + self._compute, step, rank))
+            heapq.heappush(self._events, (time if self._overlap else time + self._computes[step][rank], step, rank))
 
     def _join(self, rank: int, step: int, now: float) -> None:
         at = step % len(self._schedule)
@@ -127,7 +171,7 @@ class Run:
     def _finish(self, group: _Group, now: float) -> None:
         time = now + group.latency
         for rank in group.members:
-            end = max(time, self._begun[rank] + self._compute) if self._overlap else time
+            end = max(time, self._begun[rank] + self._computes[group.step][rank]) if self._overlap else time
             self._ends[group.step, rank] = end
             self._begin(rank, group.step + 1, end)
 

@@ -5,15 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ds_lightning.command import Parser, dated_folder, require
+from ds_lightning.command import Parser, check_output, dated_folder, parameters, require, seconds
 from ds_lightning.cost import rounds
 from ds_lightning.planner import BLIND_PAIRS, Option, Plan, plan
 from ds_lightning.schedule import Partition, schedule_period
@@ -23,9 +20,6 @@ from ds_lightning.wire import WIRE_DTYPES, wire_bytes
 if TYPE_CHECKING:
     from rich.table import Table
 
-_SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
-_MOST_PARAMETERS = 10**15
-_LONGEST_COMPUTE = 1e6
 # Up to so many ranks the groups of each step are listed, and traffic for so many switches.
 _LISTED_RANKS = 32
 _LISTED_SWITCHES = 16
@@ -103,7 +97,7 @@ def _run(args: argparse.Namespace) -> None:
     topology = Topology.from_yaml(args.topology)
     if len(topology.hosts) < 2:
         raise ValueError(f"{args.topology}: one host alone has no network to plan for. HINT: list all hosts.")
-    _check_output(args.output)
+    check_output(args.output, "plan")
     print(topology, flush=True)
     size = max(1.0, wire_bytes(args.parameters, WIRE_DTYPES[args.wire]))
     console = Console(highlight=False, markup=False)
@@ -204,11 +198,11 @@ def _parser() -> Parser:
     parser = Parser("plan", "Finds a schedule for a described network: a table, a picture and a file to load.")
     parser.add_argument("--topology", type=Path, required=True, metavar="FILE", help="YAML of hosts, switches, links")
     parser.add_argument(
-        "--parameters", type=_parameters, required=True, help="of the model, and float buffers: 110M, 1.5B, 25k, 123456"
+        "--parameters", type=parameters, required=True, help="of the model, and float buffers: 110M, 1.5B, 25k, 123456"
     )
     parser.add_argument(
         "--compute",
-        type=_seconds,
+        type=seconds,
         help="seconds of forward and backward; left out: the mean of none and as long as two hosts need to swap models",
     )
     parser.add_argument("--wire", choices=WIRE_DTYPES, default="fp32", help="dtype in which models travel (fp32)")
@@ -216,34 +210,3 @@ def _parser() -> Parser:
     parser.add_argument("--seed", type=int, default=0, help="of choices among equals (0)")
     parser.add_argument("--output", type=Path, default=Path("outputs"), metavar="FOLDER", help="for files (outputs)")
     return parser
-
-
-def _parameters(text: str) -> int:
-    match = re.fullmatch(r"([0-9][0-9_]*(?:\.[0-9]*)?|\.[0-9]+)(e[0-9]{1,2})?([kmbgt]?)", text.strip().lower())
-    if match is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of parameters; write one like 110M, 1.5B or 123456")
-    number = round(Fraction(match[1].rstrip(".") + (match[2] or "")) * _SUFFIXES[match[3]])
-    if not 1 <= number <= _MOST_PARAMETERS:
-        raise argparse.ArgumentTypeError(f"{text!r} is not between 1 and {_MOST_PARAMETERS:g} parameters")
-    return number
-
-
-def _seconds(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds; write one like 0.35") from None
-    if not 0 <= number <= _LONGEST_COMPUTE:
-        raise argparse.ArgumentTypeError(f"{text!r} is not between 0 and {_LONGEST_COMPUTE:g} seconds")
-    return number
-
-
-def _check_output(output: Path) -> None:
-    """A ``ValueError`` if no folder can be made there: now, not after planning."""
-    place = output / "plan"
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    if not place.is_dir():
-        raise ValueError(f"--output {output}: {place} is a file. HINT: name a folder.")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise ValueError(f"--output {output}: {place} is not writable. HINT: name another folder.")

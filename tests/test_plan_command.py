@@ -10,6 +10,7 @@ import pytest
 
 from ds_lightning import __main__ as command_line
 from ds_lightning import plan_command
+from ds_lightning.command import parameters
 from ds_lightning.plan_command import figures, main
 from ds_lightning.planner import plan
 from ds_lightning.schedule import CyclicSchedule, mixing_matrix, schedule_period
@@ -82,7 +83,7 @@ def png_size(path):
     ],
 )
 def test_numbers_of_parameters(text, number):
-    assert plan_command._parameters(text) == number
+    assert parameters(text) == number
 
 
 @pytest.mark.parametrize("text", ["", "M", "110X", "1.5.2", "-5", "nan", "inf", "1 000 M", "ten", "1e999", "110MB"])
