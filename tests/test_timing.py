@@ -266,7 +266,7 @@ def command(tmp_path, capsys):
 
     def command(*options):
         try:
-            code = main([*options, "--output", str(tmp_path)])
+            code: object = main([*options, "--output", str(tmp_path)])
         except SystemExit as end:
             code = end.code
         return code, capsys.readouterr(), next(iter(tmp_path.glob("simulate/*")), None)
