@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from itertools import permutations
+from typing import Any
 
 import numpy as np
 import pytest
@@ -73,7 +74,7 @@ def test_equal_groups_on_one_switch_take_what_the_recurrence_says(n, g, compute,
 def test_no_link_carries_more_than_it_can(run):
     topology, schedule, compute, overlap = run
     end = ends(topology, schedule, 9, compute, overlap).max()
-    total = defaultdict(float)
+    total: dict[Any, float] = defaultdict(float)
     for t in range(9):
         for link, models in loads(topology, schedule.partition(t)).items():
             total[link] += models
@@ -110,7 +111,7 @@ def test_links_are_shared_fairly_at_every_moment(run):
 @given(runs(of=pairs))
 def test_pairs_never_end_before_they_would_if_nobody_else_sent(run):
     topology, schedule, compute, overlap = run
-    alone = []
+    alone: list[Any] = []
     for t in range(schedule.period):
         alone.append([])
         for group in schedule.partition(t):
