@@ -72,7 +72,8 @@ def check_topology(topology: Any, schedule: Any) -> Topology | str | None:
     try:
         return Topology.from_yaml(str(topology))
     except OSError as error:
-        raise ValueError(f"topology={str(topology)!r} cannot be read: {error}. HINT: name a YAML file.") from None
+        hint = "" if "HINT: " in str(error) else ". HINT: name a YAML file."
+        raise ValueError(f"topology={str(topology)!r} cannot be read: {error}{hint}") from None
 
 
 def check_timeout(timeout: Any) -> None:

@@ -55,6 +55,7 @@ def test_no_link_carries_more_than_the_plan_states(topology):
             assert models == pytest.approx(stated[node])
 
 
+@pytest.mark.slow
 def test_a_plan_is_the_same_in_any_process():
     code = (
         "from tests.networks import racks; from ds_lightning.planner import plan;"
