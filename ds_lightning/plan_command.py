@@ -94,7 +94,7 @@ def _run(args: argparse.Namespace) -> None:
 
     from ds_lightning.plan_picture import draw
 
-    topology = Topology.from_yaml(args.topology)
+    topology = Topology.from_yaml(args.topology, resolve=args.resolve)
     if len(topology.hosts) < 2:
         raise ValueError(f"{args.topology}: one host alone has no network to plan for. HINT: list all hosts.")
     check_output(args.output, "plan")
@@ -206,6 +206,7 @@ def _parser() -> Parser:
         help="seconds of forward and backward; left out: the mean of none and as long as two hosts need to swap models",
     )
     parser.add_argument("--wire", choices=WIRE_DTYPES, default="fp32", help="dtype in which models travel (fp32)")
+    parser.add_argument("--resolve", action="store_true", help="refuse hosts whose names cannot be looked up")
     parser.add_argument("--no-overlap", action="store_true", help="average after the optimizer step, not meanwhile")
     parser.add_argument("--seed", type=int, default=0, help="of choices among equals (0)")
     parser.add_argument("--output", type=Path, default=Path("outputs"), metavar="FOLDER", help="for files (outputs)")

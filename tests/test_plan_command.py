@@ -125,6 +125,13 @@ def test_files_that_are_wrong(run, tmp_path, capsys):
         assert message in error_of((code, capsys.readouterr(), None))
 
 
+def test_hosts_that_do_not_resolve(run):
+    hosts = "bandwidth: 1\nhosts:\n  localhost:\n  no-such-host.invalid:\n"
+    error = error_of(run(hosts, "--parameters", "1M", "--resolve"))
+    assert "cluster.yaml:4: " in error
+    assert "no-such-host.invalid" in error
+
+
 def test_an_output_that_is_a_file(run, tmp_path):
     (tmp_path / "file").write_text("")
     for output in (tmp_path / "file", tmp_path / "file" / "below"):
