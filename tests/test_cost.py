@@ -226,7 +226,8 @@ def test_measured_times_of_steps():
 def simulated(schedule, passes):
     """Steady error of ``X <- W (X + noise)``, its covariance by whole matrices."""
     n = schedule.world_size
-    noise, covariance, errors = np.eye(n) - np.full((n, n), 1 / n), np.zeros((n, n)), []
+    noise, covariance = np.eye(n) - np.full((n, n), 1 / n), np.zeros((n, n))
+    errors: list[float] = []
     matrices = [mixing_matrix(schedule, t) for t in range(schedule.period)]
     for _ in range(passes):
         errors = []
