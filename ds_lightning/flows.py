@@ -160,8 +160,12 @@ class Run:
             self._under_way.append(_Transfer(group, links, size))
 
     def _end_transfers(self, now: float) -> None:
-        over = [transfer for transfer in self._under_way if transfer.left <= 1e-9 * self._size]
-        self._under_way = [transfer for transfer in self._under_way if transfer.left > 1e-9 * self._size]
+        under_way, self._under_way = self._under_way, []
+        over: list[_Transfer] = []
+        for transfer in under_way:
+            # Late in a run the clock may be too coarse for what rounding left.
+            done = transfer.left <= 1e-9 * self._size or now + transfer.left / transfer.rate == now
+            (over if done else self._under_way).append(transfer)
         for transfer in over:
             group = transfer.group
             group.transfers -= 1

@@ -2,7 +2,6 @@
 
 from collections import defaultdict
 from itertools import permutations
-from typing import Any
 
 import numpy as np
 import pytest
@@ -74,7 +73,7 @@ def test_equal_groups_on_one_switch_take_what_the_recurrence_says(n, g, compute,
 def test_no_link_carries_more_than_it_can(run):
     topology, schedule, compute, overlap = run
     end = ends(topology, schedule, 9, compute, overlap).max()
-    total: dict[Any, float] = defaultdict(float)
+    total: dict[tuple[str, str], float] = defaultdict(float)
     for t in range(9):
         for link, models in loads(topology, schedule.partition(t)).items():
             total[link] += models
@@ -111,7 +110,7 @@ def test_links_are_shared_fairly_at_every_moment(run):
 @given(runs(of=pairs))
 def test_pairs_never_end_before_they_would_if_nobody_else_sent(run):
     topology, schedule, compute, overlap = run
-    alone: list[Any] = []
+    alone: list[list[float]] = []
     for t in range(schedule.period):
         alone.append([])
         for group in schedule.partition(t):
@@ -229,3 +228,19 @@ def test_ranks_of_one_host_share_its_link_and_swap_for_nothing():
     np.testing.assert_allclose(ends(topology, [((0, 2), (1,), (3,))], 1), [[1, 0, 1, 0]])
     np.testing.assert_allclose(ends(topology, [((0, 1, 2, 3),)], 1), [[2] * 4])  # 2 stages of 4 quarters
     np.testing.assert_allclose(ends(topology, [((0, 1), (2, 3)), ((0, 2), (1, 3))], 4)[:, 0], [0, 2, 2, 4])
+
+
+@pytest.mark.parametrize("compute", [1e3, 1e6, 1e9])
+def test_a_run_of_years_comes_to_an_end(compute):
+    """Where a clock of seconds is too coarse for the last bytes of a transfer."""
+    schedule = [((0, 2), (1, 3)), ((0, 1, 2), (3,)), ((0, 1), (2, 3))]
+    for overlap in (True, False):
+        found = ends(racks(2, 2, trunk=7, slow=3), schedule, 9, compute, overlap)
+        np.testing.assert_allclose(found[-1], 9 * compute, rtol=0.02)
+
+
+def test_a_small_model_on_fast_links_after_a_while():
+    """20 us each; the same, and much earlier than years."""
+    network, schedule = Network(racks(2, 2, bandwidth=400, trunk=300)), [((0, 2), (1, 3)), ((0, 1, 2), (3,))]
+    found = Run(network, rounds(CyclicSchedule(schedule)), 1e6, 100.0, False).ends(40)
+    np.testing.assert_allclose(found[-1], 4000, rtol=1e-5)
