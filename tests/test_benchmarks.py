@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ import torch
 import torch.distributed as dist
 import yaml
 
-from benchmarks import cluster, report, startup, step_time
+from benchmarks import arms, cluster, report, startup, step_time
 from benchmarks.arms import dssync_options
 from benchmarks.cluster import SETTINGS, Cluster, ClusterError, RankError, Setting, check_machine, random_walk
 from benchmarks.report import Run
@@ -107,17 +108,18 @@ def test_stragglers_stand_in_different_racks_as_long_as_there_are_some(hosts, se
 
 def test_a_cluster_is_described_for_a_planner():
     four = yaml.safe_load(Cluster(8, 100, SETTINGS["four-racks"]).description())
-    assert four["latency"] == 0
     assert four["switches"] == {"core": {}, **{f"rack{i}": {"to": "core", "bandwidth": 0.02} for i in range(4)}}
     assert list(four["hosts"]) == [f"host{rank}" for rank in range(8)]
-    assert four["hosts"]["host5"] == {"to": "rack2", "bandwidth": 0.1, "ranks": [5]}
+    assert four["hosts"]["host5"] == {"to": "rack2", "bandwidth": 0.1, "latency": 0, "ranks": [5]}
     slow = yaml.safe_load(Cluster(6, 100, SETTINGS["straggler"]).description())
     assert [slow["switches"][f"rack{i}"]["bandwidth"] for i in range(2)] == [0.3, 0.225]
-    assert slow["hosts"]["host5"] == {"to": "rack1", "bandwidth": 0.025, "ranks": [5]}
+    assert slow["hosts"]["host5"] == {"to": "rack1", "bandwidth": 0.025, "latency": 0, "ranks": [5]}
     direct = yaml.safe_load(Cluster(4, 100, SETTINGS["oversubscribed-interleaved"]).description())
     assert [direct["switches"][f"rack{i}"]["bandwidth"] for i in range(2)] == [0.05, 0.05]
     assert [host["to"] for host in direct["hosts"].values()] == ["rack0", "rack1"] * 2
-    assert yaml.safe_load(Cluster(4, 100, SETTINGS["high-latency"]).description())["latency"] == 10
+    far = yaml.safe_load(Cluster(4, 100, SETTINGS["high-latency"]).description())
+    assert far["hosts"]["host3"]["latency"] == 10
+    assert "latency" not in far["switches"]["rack0"]  # a host's link is where it is added
     with pytest.raises(ValueError, match="no links to describe"):
         Cluster(2, 100, SETTINGS["loopback"]).description()
 
@@ -205,12 +207,25 @@ def test_disturbed_repetitions_are_left_out_where_enough_remain():
     assert "kept, for lack of others" in messages[0]
 
 
+def test_what_the_cost_model_predicts_stands_beside_the_measured_step():
+    runs = [replace(made_up("a", arm, 0, 2.0), predicted=1.9) for arm in ("ddp", "dssync")]
+    assert "| ddp | 2.000 ± 0.000 | 2.000 | 1.900 (-5%) | 1.00 |" in report.markdown(report.summarize(runs), {})
+    topology = Cluster(8, 100, SETTINGS["oversubscribed"]).description()
+    predicted = {arm: arms.predict(arm, topology, 12_000_000, 0.05) for arm in ("ddp", "dssync", "dssync-topology")}
+    assert predicted["ddp"] == pytest.approx(0.05 / 3 + 12e6 * 8 * 1514 / 1448 / 1e8 * 1.75 + 0.05 * 2 / 3 / 8)
+    assert predicted["dssync"] > predicted["ddp"] > 1.6 * predicted["dssync-topology"]
+    assert arms.predict("post-local-sgd", topology, 12_000_000, 0.05) == pytest.approx(0.05 + 1.7563 / 4, rel=1e-3)
+    assert arms.predict("dssync-blocking-every4", topology, 12_000_000, 0.05) < predicted["dssync"] / 3
+    for nothing in (arms.predict("ddp-powersgd", topology, 1, 0), arms.predict("dssync", None, 1, 0)):
+        assert nothing is None
+
+
 def test_the_table_shows_who_loses_and_the_picture_is_drawn(tmp_path):
     runs = [made_up("a", "ddp", 0, 1.0), made_up("a", "dssync", 0, 2.0), made_up("b", "dssync", 0, 2.0)]
     rows = report.summarize(runs)
     text = report.markdown(rows, {"a": "Setting A"})
     assert "### Setting A" in text
-    assert "| dssync | 2.000 ± 0.000 | 2.000 | 0.50 | 1,000,000 | 1.000 |" in text
+    assert "| dssync | 2.000 ± 0.000 | 2.000 |  | 0.50 | 1,000,000 | 1.000 |" in text
     widths = {line.count("|") for line in text.splitlines() if line.startswith("|")}
     assert len(widths) == 1
     assert len(report.console_tables(rows, {})) == 2

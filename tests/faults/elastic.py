@@ -54,7 +54,7 @@ class Notes(pl.Callback):
         self.folder = folder
 
     def on_train_start(self, trainer, pl_module):
-        schedule = trainer.strategy._schedule
+        schedule = trainer.strategy._groups.schedule
         words = trainer.global_rank, trainer.world_size, trainer.global_step, os.getpid(), os.getppid(), schedule
         note = self.folder / f"began-{time.time_ns()}-{trainer.global_rank}"
         note.with_suffix(".tmp").write_text(" ".join(map(str, words)))
