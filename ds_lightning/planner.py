@@ -1,4 +1,4 @@
-"""WHICH schedule suits a network: groups that load no link with more than it carries in the time of a step.
+"""WHICH schedule suits a network: over its period, groups load no link with more than it carries in that time.
 
 A plan is found by one rule, applied step by step: *those that differ most average next, as far as the links allow*.
 What the links allow is a **budget**: the seconds that a step's averages may take on any link. With a budget in which
