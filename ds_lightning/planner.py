@@ -16,6 +16,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from numbers import Real
 from statistics import mean
 
 import numpy as np
@@ -164,7 +165,7 @@ def plan(topology: Topology, size: float, compute: float | None = None, overlap:
 
 
 def _check_number(name: str, value: float, least: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, Real) or not least <= value < math.inf:
         raise ValueError(f"{name}={value!r} is out of range. HINT: use a number of at least {least}.")
 
 
