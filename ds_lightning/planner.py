@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from numbers import Real
 from statistics import mean
+from typing import Any
 
 import numpy as np
 
@@ -164,7 +165,7 @@ def plan(topology: Topology, size: float, compute: float | None = None, overlap:
     return Plan(topology, float(size), compute, overlap, best, alternatives)
 
 
-def _check_number(name: str, value: float, least: float) -> None:
+def _check_number(name: str, value: Any, least: float) -> None:
     if isinstance(value, bool) or not isinstance(value, Real) or not least <= value < math.inf:
         raise ValueError(f"{name}={value!r} is out of range. HINT: use a number of at least {least}.")
 
