@@ -166,7 +166,8 @@ def plan(topology: Topology, size: float, compute: float | None = None, overlap:
 
 
 def _check_number(name: str, value: Any, least: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, Real) or not least <= value < math.inf:
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if not is_number or not least <= value < math.inf:
         raise ValueError(f"{name}={value!r} is out of range. HINT: use a number of at least {least}.")
 
 
