@@ -112,10 +112,11 @@ def preempt(cluster, job, how):
 
 def test_a_job_that_is_preempted_three_times_ends_as_if_it_was_not(cluster, undisturbed, tmp_path):
     log, folder = tmp_path / "log", tmp_path / "run"
-    job = submit(cluster, folder, log, pause=0.05)
+    job = submit(cluster, folder, log, pause=0.15)
     draw = random.Random()
     for count, how in enumerate(draw.sample(["signal", "requeue", "urgent"], 3)):
-        step = draw.randrange(1 + 13 * count, 13 * (count + 1))
+        # Slurm takes up to a second to send the signal: a job that trains no longer then is not requeued.
+        step = draw.randrange(1 + 13 * count, 13 * count + 6)
 
         def reached(step=step, count=count):
             lines = (folder / "rank_0").read_text().split("\n") if (folder / "rank_0").exists() else []
