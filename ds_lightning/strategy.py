@@ -134,7 +134,7 @@ class DSSyncStrategy(DDPStrategy):
         *,
         group_size: int | str = "auto",
         schedule: str | Schedule = "auto",
-        topology: str | os.PathLike[str] | Topology | None = None,
+        topology: Any = None,  # a narrower type makes jsonargparse read the file itself
         overlap: bool = True,
         sync_every: int = 1,
         wire_dtype: str | torch.dtype | None = None,
@@ -307,7 +307,7 @@ class DSSyncStrategy(DDPStrategy):
         """Those that must be the same on all ranks and that the schedule's partitions do not show."""
         return {
             "group_size": self.group_size,
-            "topology": self.topology,
+            "topology": self.topology.to_yaml() if isinstance(self.topology, Topology) else self.topology,
             "overlap": self.overlap,
             "sync_every": self.sync_every,
             "wire_dtype": self.wire_dtype,
