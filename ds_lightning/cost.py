@@ -39,7 +39,7 @@ FORWARD = 1 / 3
 BUCKETS = 8
 # Up to here errors come from the whole covariance; beyond from so many samples of the noise.
 _EXACT_RANKS = 256
-_SAMPLES = 24
+_SAMPLES = 48
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,11 @@ class Round:
         group_of = np.empty(sizes.sum(), np.int64)
         group_of[np.concatenate([np.array(group) for group in partition])] = np.repeat(np.arange(len(sizes)), sizes)
         return cls(group_of, sizes)
+
+    def partition(self) -> Partition:
+        """Back again."""
+        order, starts = self._sorted
+        return tuple(tuple(group.tolist()) for group in np.split(order, starts[1:]))
 
     def means(self, values: Floats) -> Floats:
         """Each rank's row (N, ...) replaced by the mean of its group's."""
@@ -281,18 +286,28 @@ def _exact_error(schedule: Sequence[Round], n: int) -> float:
 
 
 def _sampled_error(schedule: Sequence[Round], n: int) -> float:
-    noise = np.random.default_rng(0)
-    values, before, seen = np.zeros((n, _SAMPLES)), -1.0, 0
-    while True:
-        errors = []
-        for groups in schedule:
-            values = groups.means(values + noise.standard_normal(values.shape))
-            values -= values.mean(axis=0)
-            errors.append(float((values**2).mean()))
-        error, seen = float(np.mean(errors)), seen + len(schedule)
-        if error < 1.01 * before or (error == before == 0.0) or seen > 200:
-            return error
-        before = error
+    """What is left of the noise of a step after 1, 2, ... further ones, added up; the mean over the steps of a period.
+
+    Of what shrinks too slowly to be followed to its end, the rest is a geometric series.
+    """
+    samples = np.random.default_rng(0).standard_normal((n, _SAMPLES))
+    samples -= samples.mean(axis=0)
+    total = 0.0
+    for start in range(len(schedule)):
+        values, left, shrinks = samples, 0.0, 0.0
+        while True:
+            before, left = left, 0.0  # in a period
+            for groups in (*schedule[start:], *schedule[:start]):
+                values = groups.means(values)
+                left += float((values**2).mean())
+            total += left
+            sooner, shrinks = shrinks, left / before if before else 0.0
+            if left < 1e-4:
+                break
+            if sooner and abs(shrinks - sooner) < 0.01 * (1 - shrinks):
+                total += left * shrinks / (1 - shrinks)
+                break
+    return total / len(schedule)
 
 
 def _connects(schedule: Sequence[Round]) -> bool:

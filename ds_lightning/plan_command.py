@@ -205,9 +205,9 @@ def _parser() -> Parser:
         type=seconds,
         help="seconds of forward and backward; left out: the mean of none and as long as two hosts need to swap models",
     )
-    parser.add_argument("--wire", choices=WIRE_DTYPES, default="fp32", help="dtype in which models travel (fp32)")
+    parser.add_argument("--wire", choices=WIRE_DTYPES, default="fp32", help="dtype in which models travel")
     parser.add_argument("--resolve", action="store_true", help="refuse hosts whose names cannot be looked up")
     parser.add_argument("--no-overlap", action="store_true", help="average after the optimizer step, not meanwhile")
-    parser.add_argument("--seed", type=int, default=0, help="of choices among equals (0)")
-    parser.add_argument("--output", type=Path, default=Path("outputs"), metavar="FOLDER", help="for files (outputs)")
+    parser.add_argument("--seed", type=int, default=0, help="of choices among equals")
+    parser.add_argument("--output", type=Path, default=Path("outputs"), metavar="FOLDER", help="for files")
     return parser

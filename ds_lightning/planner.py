@@ -14,7 +14,7 @@ import itertools
 import math
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from numbers import Real
 from statistics import mean
@@ -42,7 +42,7 @@ _CHOSEN_RANKS = 64
 _TRIED_RANKS = 16
 _MOST_TRIES = 8
 # So many schedules at most are followed event by event: those that the recurrence takes to be the fastest.
-_FOLLOWED = 16
+_FOLLOWED = 48
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def plan(topology: Topology, size: float, compute: float | None = None, overlap:
     pairs = next(option for option in alternatives if option.name == BLIND_PAIRS)
     known = [option for option in alternatives if option.schedule is not None]
     most_error = MOST_ERROR * pairs.error + 1e-9
-    options = [option for option in (*known, *search.followed(most_error)) if option.error <= most_error]
+    options = [option for option in (*known, *search.fast(most_error)) if option.error <= most_error]
     fastest = min(option.seconds for option in options)
     best = min((o for o in options if o.seconds <= SAME_TIME * fastest), key=lambda o: (round(o.error, 6), o.seconds))
     return Plan(topology, float(size), compute, overlap, best, alternatives)
@@ -186,12 +186,11 @@ def _alternatives(search: _Search) -> Iterator[Option]:
     # Between two averages replicas take 0, 1, ... steps apart from each other.
     apart = (_LOCAL_STEPS - 1) / 2 * (1 - 1 / n)
     yield Option(f"local SGD, every {_LOCAL_STEPS} steps", mean(search.computes) + in_rank_order / _LOCAL_STEPS, apart)
-    if n > 1:
-        yield search.option(BLIND_PAIRS, make_schedule("auto", n, 2))
-        topology = network.topology
-        racks = [topology.above[host] for host in topology.host_of]
-        nodes = racks if len(set(racks)) > 1 else topology.host_of
-        yield search.option("grid along the tree", make_schedule("auto", n, "auto", nodes=nodes))
+    yield search.option(BLIND_PAIRS, make_schedule("auto", n, 2))
+    topology = network.topology
+    racks = [topology.above[host] for host in topology.host_of]
+    nodes = racks if len(set(racks)) > 1 else topology.host_of
+    yield search.option("grid along the tree", make_schedule("auto", n, "auto", nodes=nodes))
 
 
 class _Search:
@@ -220,45 +219,40 @@ class _Search:
     def _follows(self) -> bool:
         return self.network.world_size <= _CHOSEN_RANKS
 
-    def followed(self, most_error: float) -> Iterator[Option]:
-        """The fastest of :meth:`options`, with the times of their events in the place of the recurrence's.
+    def fast(self, most_error: float) -> Iterator[Option]:
+        """The fastest that budgets lead to, among those without a larger error.
 
-        Those are hardly ever shorter: none follows that could not be the fastest.
+        Few ranks are followed event by event: their times are hardly ever shorter than the recurrence's, so that what
+        is slower by that than the fastest so far could not be the plan. With many ranks errors are what takes long.
         """
-        options = sorted((o for o in self.options() if o.error <= most_error), key=lambda o: (o.seconds, o.error))
-        if not self._follows:
-            yield from options
-            return
-        fastest = math.inf
-        for option in options[: _FOLLOWED if self.network.world_size <= _TRIED_RANKS else _FOLLOWED // 4]:
-            assert option.schedule is not None
-            if option.seconds > SAME_TIME * fastest:
+        fastest, most = math.inf, _FOLLOWED if self.network.world_size <= _TRIED_RANKS else _FOLLOWED // 8
+        for seconds, name, period in sorted(self._candidates(), key=lambda candidate: candidate[0]):
+            if seconds > SAME_TIME * fastest or most == 0:
                 return
-            option = replace(option, seconds=self._seconds(rounds(option.schedule)))
-            fastest = min(fastest, option.seconds)
-            yield option
+            if (error := steady_error(period)) > most_error:
+                continue
+            if self._follows:
+                seconds, most = self._seconds(period), most - 1
+            fastest = min(fastest, seconds)
+            yield Option(name, seconds, error, CyclicSchedule([groups.partition() for groups in period]))
 
-    def options(self) -> Iterator[Option]:
-        """What budgets lead to, with the times of the recurrence."""
+    def _candidates(self) -> Iterator[tuple[float, str, list[Round]]]:
+        """What budgets lead to: seconds per step by the recurrence, a name, and a period."""
         n = self.network.world_size
-        by_distance = n <= _CHOSEN_RANKS
         budgets = self._budgets()
         tries = min(max(1, min(3200 // n, 400) // len(budgets)), _MOST_TRIES) if n <= _TRIED_RANKS else 1
+        # Those chosen by distance depend on what came before, and where the period is cut makes a difference.
+        lengths = (4, 8, 12) if n <= _TRIED_RANKS else (8,)
         for (narrow, wide, every), seed in itertools.product(budgets, range(self.seed, self.seed + tries)):
             chooser = _Chooser(self.network, seed)
             allowed = [self._allowed(wide), *[self._allowed(narrow)] * (every - 1)]
-            # Those chosen by distance depend on what came before, and where the period is cut makes a difference.
-            lengths = (4, 8, 12) if n <= _TRIED_RANKS else (8,)
             periods = sorted({-(-length // every) * every for length in lengths})
-            settle = -(-sum(lengths) // every) * every if by_distance else 0
+            settle = -(-sum(lengths) // every) * every if self._follows else 0
             partitions = [chooser.partition(allowed[t % every]) for t in range(settle + periods[-1])][settle:]
             name = "planned" if every == 1 else f"planned, wider every {every} steps"
-            found = []
             for period in periods:
-                schedule = CyclicSchedule(_shortest(partitions[:period]))
-                each = rounds(schedule)
-                found.append(Option(name, self._seconds(each, follow=False), steady_error(each), schedule))
-            yield min(found, key=lambda option: (option.error, option.seconds))
+                each = [Round.of(partition) for partition in _shortest(partitions[:period])]
+                yield self._seconds(each, follow=False), name, each
 
     def _allowed(self, budget: float) -> Floats:
         """Models that each node's link carries within a budget."""

@@ -26,7 +26,7 @@ from typing import Any, Protocol, TypeVar
 from ds_lightning.bottlenecks import MOST_ROUNDS, Findings, Flow, Sending, find_bottlenecks
 from ds_lightning.cost import FRAMES
 from ds_lightning.station import Station
-from ds_lightning.topology import Link, Topology, numbered
+from ds_lightning.topology import Link, Topology, numbered, unused
 
 T = TypeVar("T")
 
@@ -69,19 +69,6 @@ class Survey:
 
 
 def probe(
-    store: Store,
-    rank: int,
-    hosts: Sequence[str],
-    *,
-    timeout: timedelta,
-    seconds: float = SECONDS,
-    most_bytes: int = MOST_BYTES,
-) -> Topology:
-    """The network among the hosts of a job: see `survey`."""
-    return survey(store, rank, hosts, timeout=timeout, seconds=seconds, most_bytes=most_bytes).topology
-
-
-def survey(
     store: Store,
     rank: int,
     hosts: Sequence[str],
@@ -273,13 +260,8 @@ def describe(findings: Findings, latencies: dict[Flow, float], hosts: Sequence[s
     usual = median(near)
     near = [usual if abs(value - usual) < _ALIKE_MS / 1000 else value for value in near]
 
-    def free(name: str) -> str:
-        while name in ranks:
-            name += "_"
-        return name
-
-    top = free("core" if racks else "switch")
-    switches = [free(f"rack{rack}") for rack in range(len(racks))]
+    top = unused("core" if racks else "switch", ranks)
+    switches = [unused(f"rack{rack}", ranks) for rack in range(len(racks))]
     above = dict.fromkeys(switches, top)
     links = {}
     for rack, (switch, (members, (up, down))) in enumerate(zip(switches, racks, strict=True)):

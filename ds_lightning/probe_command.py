@@ -93,7 +93,7 @@ def _probe(job: _Job, timeout: timedelta, output: Path | None) -> None:
     from torch.distributed.distributed_c10d import PrefixStore
 
     from ds_lightning.groups import within
-    from ds_lightning.probe import survey
+    from ds_lightning.probe import probe
 
     start = time.monotonic()
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun itself keeps the store on this port
@@ -109,7 +109,7 @@ def _probe(job: _Job, timeout: timedelta, output: Path | None) -> None:
             f"the {job.ranks} ranks did not meet at {job.address}:{job.port} within {timeout}: {error}"
         ) from None
     left = timeout - timedelta(seconds=time.monotonic() - start)
-    found = survey(own, job.rank, hosts, timeout=left)
+    found = probe(own, job.rank, hosts, timeout=left)
     if job.rank == 0:
         print(found.topology)
         print(f"{found.rounds} rounds in {found.seconds:.1f} s; no host sent more than {found.sent / 2**20:.0f} MiB.")

@@ -234,12 +234,19 @@ class CyclicSchedule:
     """
 
     def __init__(self, partitions: Sequence[Sequence[Sequence[int]]]) -> None:
-        self._partitions = tuple(
-            tuple(tuple(sorted(as_int("rank", rank) for rank in group)) for group in partition)
-            for partition in partitions
-        )
-        if not self._partitions:
-            raise ValueError("partitions is empty. HINT: give the groups of one step at least.")
+        try:
+            self._partitions = tuple(
+                tuple(tuple(sorted(as_int("rank", rank) for rank in group)) for group in partition)
+                for partition in partitions
+            )
+        except TypeError:
+            raise ValueError(
+                f"partitions={partitions!r:.80} is no list of lists of groups. HINT: write [[(0, 1), (2,)]]."
+            ) from None
+        if not self._partitions or not all(partition and all(partition) for partition in self._partitions):
+            raise ValueError(
+                "partitions is empty, or has an empty one or an empty group. HINT: give each rank a group."
+            )
         self.period = len(self._partitions)
         self.world_size = sum(map(len, self._partitions[0]))
         self._groups: list[dict[int, Group]] = [

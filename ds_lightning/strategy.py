@@ -338,9 +338,8 @@ class DSSyncStrategy(DDPStrategy):
         if self.topology == "probe":
             with self._taking_time("probe"):
                 limit = self._timeout or default_pg_timeout
-                self.topology = probe(
-                    own_store(f"probe {next(_ATTENDANCES)}", limit), self.global_rank, hosts, timeout=limit
-                )
+                store = own_store(f"probe {next(_ATTENDANCES)}", limit)
+                self.topology = probe(store, self.global_rank, hosts, timeout=limit).topology
             rank_zero_info(f"dssync: probed the network:\n{self.topology}")
         module, network = self.lightning_module, self.topology
         assert module is not None

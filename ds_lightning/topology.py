@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
@@ -28,6 +28,8 @@ from ds_lightning.schedule import as_int
 
 # Of a host list: [0-99999999] is a slip of the finger, not a cluster.
 _MOST_NAMES = 1_000_000
+# Of a bandwidth in Gbit/s, and the most of a latency in ms as well.
+_LEAST, _MOST = 1e-9, 1e9
 
 
 class TopologyError(ValueError):
@@ -48,7 +50,7 @@ class Link:
         latency: Milliseconds that a message takes one way.
 
     Raises:
-        ValueError: If a bandwidth is not positive, a latency is negative, or a number is none or not finite.
+        ValueError: If a bandwidth is not between 1e-9 and 1e9, or a latency not between 0 and 1e9.
     """
 
     up: float
@@ -57,7 +59,7 @@ class Link:
 
     def __post_init__(self) -> None:
         for name in ("up", "down", "latency"):
-            object.__setattr__(self, name, amount(name, getattr(self, name), zero=name == "latency"))
+            object.__setattr__(self, name, of_a_link(name, getattr(self, name)))
 
     def __str__(self) -> str:
         speed = f"{self.up:g}" if self.up == self.down else f"{self.up:g}/{self.down:g}"
@@ -215,6 +217,13 @@ class Topology:
         for rank, host in enumerate(hosts):
             if host not in names:
                 names[host] = self._find(host, rank, shorts)
+        jobs = {name: host for host, name in names.items()}
+        for host, name in names.items():
+            if jobs[name] != host:
+                raise ValueError(
+                    f"hosts {host!r} and {jobs[name]!r} of the job would both be {name} of the topology. HINT: name"
+                    " its hosts in full."
+                )
         ranks = numbered([names[host] for host in hosts])
         above = above_hosts(self.above, ranks)
         return Topology(above, {node: self.links[node] for node in above}, ranks)
@@ -263,7 +272,7 @@ class Topology:
         """
         link = Link(bandwidth, bandwidth, latency)
         ranks = numbered(hosts)
-        return cls(dict.fromkeys(ranks, "switch"), dict.fromkeys(ranks, link), ranks)
+        return cls(dict.fromkeys(ranks, unused("switch", ranks)), dict.fromkeys(ranks, link), ranks)
 
     @classmethod
     def from_yaml(cls, path: str | Path, *, resolve: bool = False) -> Topology:
@@ -468,6 +477,21 @@ def numbered(hosts: Iterable[str]) -> dict[str, tuple[int, ...]]:
     for rank, host in enumerate(hosts):
         ranks.setdefault(host, []).append(rank)
     return {host: tuple(own) for host, own in ranks.items()}
+
+
+def of_a_link(name: str, value: Any) -> float:
+    """An up, down, bandwidth or latency as a float, or a ``ValueError``: beyond its bounds arithmetic would end."""
+    number = amount(name, value, zero=name == "latency")
+    if number > _MOST or (name != "latency" and number < _LEAST):
+        raise ValueError(f"{name}={number:g} is not between {_LEAST:g} and {_MOST:g}. HINT: write Gbit/s, and ms.")
+    return number
+
+
+def unused(name: str, names: Collection[str]) -> str:
+    """``name``, or with underscores one that is not among ``names``."""
+    while name in names:
+        name += "_"
+    return name
 
 
 def amount(name: str, value: Any, zero: bool = False) -> float:

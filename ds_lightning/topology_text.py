@@ -16,7 +16,19 @@ from itertools import groupby
 from queue import Empty, SimpleQueue
 from typing import Any, NoReturn
 
-from ds_lightning.topology import Link, Topology, TopologyError, above_hosts, amount, expand, numbered, spans, top_down
+from ds_lightning.topology import (
+    Link,
+    Topology,
+    TopologyError,
+    above_hosts,
+    amount,
+    expand,
+    numbered,
+    of_a_link,
+    spans,
+    top_down,
+    unused,
+)
 
 # Seconds until a name that was asked for counts as unknown.
 _RESOLVING = 10.0
@@ -140,7 +152,7 @@ class _File:
         hosts = self._nodes(top, "hosts", (*keys, "ranks"))
         if not hosts:
             self.fail(top["hosts"][0] if "hosts" in top else 1, "there are no hosts. HINT: list them below `hosts`.")
-        known = list(switches or ["switch"])
+        known = list(switches or [unused("switch", hosts)])
         nodes = switches | hosts
         above: dict[str, str] = {}
         for name, entry in nodes.items():
@@ -156,6 +168,8 @@ class _File:
             elif entry:
                 line = min(line for line, _ in entry.values())
                 self.fail(line, f"switch {name} has a link, but to no other switch. HINT: say to which, with `to`.")
+        for name in switches.keys() - above.keys() - set(above.values()):
+            self.fail(self._lines[name], f"switch {name} has no hosts below it. HINT: leave it out, or give it `to`.")
         links = {name: self._link(name, nodes[name]) for name in above}
         try:
             topology = Topology(above, links, self._ranks(hosts))
@@ -215,7 +229,7 @@ class _File:
             with suppress(ValueError):
                 value = float(value)
         try:
-            return amount(key, value, zero=key == "latency")
+            return of_a_link(key, value)
         except ValueError as error:
             self.fail(line, str(error))
 
@@ -266,10 +280,7 @@ def read_slurm(text: str, bandwidth: float, latency: float, oversubscription: fl
     above, hosts = _slurm_tree(text)
     tops = dict.fromkeys(switch for switch in above.values() if switch not in above)
     if len(tops) > 1:
-        network = "network"
-        while network in above or network in tops:
-            network += "_"
-        above |= dict.fromkeys(tops, network)
+        above |= dict.fromkeys(tops, unused("network", above.keys() | tops.keys()))
     links = dict.fromkeys(hosts, host_link)
     below = dict.fromkeys(above.values(), 0.0)  # Gbit/s of all links
     for node in reversed(top_down(above)):

@@ -20,7 +20,7 @@ from ds_lightning import DSSyncStrategy, probe_command, station
 from ds_lightning.__main__ import main
 from ds_lightning.bottlenecks import MOST_ROUNDS, Findings
 from ds_lightning.cost import FRAMES
-from ds_lightning.probe import MOST_BYTES, describe, probe, survey
+from ds_lightning.probe import MOST_BYTES, describe, probe
 from ds_lightning.topology import Link, Topology
 from tests.test_benchmarks import needs_cluster
 from tests.test_preemption import Slow
@@ -72,13 +72,13 @@ def test_hosts_may_be_called_like_switches():
 
 
 def by_threads(hosts, **options):
-    """What `survey` returns or raises on each rank."""
+    """What `probe` returns or raises on each rank."""
     store = dist.HashStore()
     results = [None] * len(hosts)
 
     def run(rank):
         try:
-            results[rank] = survey(store, rank, hosts, **{"timeout": timedelta(seconds=20), "seconds": 0.05} | options)
+            results[rank] = probe(store, rank, hosts, **{"timeout": timedelta(seconds=20), "seconds": 0.05} | options)
         except RuntimeError as error:
             results[rank] = error
 
@@ -214,13 +214,13 @@ FOUND = {"oversubscribed": 0, "oversubscribed-interleaved": 0, "straggler": 0, "
 
 
 def measured(rank, hosts, seconds):
-    """What `survey` finds or says on a host, and how long it took."""
+    """What `probe` finds or says on a host, and how long it took."""
     start = time.monotonic()
     port = int(os.environ["MASTER_PORT"])
     try:
         store = dist.TCPStore("10.0.0.1", port, None, rank == 0, timedelta(seconds=seconds), wait_for_workers=False)
         names = [f"host{i}" for i in range(hosts)]
-        found = survey(store, rank, names, timeout=timedelta(seconds=seconds))
+        found = probe(store, rank, names, timeout=timedelta(seconds=seconds))
     except RuntimeError as error:
         return str(error), time.monotonic() - start
     return found, time.monotonic() - start

@@ -290,7 +290,11 @@ def test_partitions_used_in_turn():
 @pytest.mark.parametrize(
     ("partitions", "message"),
     [
-        ([], "partitions is empty. HINT: give the groups of one step"),
+        ([], "partitions is empty, or has an empty one or an empty group. HINT: give each rank a group"),
+        ([[]], "partitions is empty, or has an empty one"),
+        ([[(0,), ()]], "partitions is empty, or has an empty one or an empty group"),
+        ([[0, 1], [2, 3]], r"partitions=\[\[0, 1\], \[2, 3\]\] is no list of lists of groups"),
+        (None, "partitions=None is no list of lists of groups"),
         ([[(0, 1), (1, 2)]], "has rank 1 in two groups of step 0"),
         ([[(0, 1)], [(0,)]], r"leaves out ranks \[1\] at step 1"),
         ([[(0, 1)], [(0,), (2,)]], r"has rank 2 in group \(2,\) of step 1"),
