@@ -42,6 +42,8 @@ def main(argv: list[str]) -> int:
     except ValueError as error:
         parser.error(str(error))
     if job.rank == 0 and args.output is not None:
+        if args.output.is_dir():
+            parser.error(f"{args.output} is a folder. HINT: name a file.")
         if args.output.exists() and not args.force:
             parser.error(f"{args.output} exists. HINT: name another file, or add --force.")
         if not args.output.absolute().parent.is_dir():
@@ -84,6 +86,8 @@ def _job() -> _Job:
         numbers[what] = int(str(value))
     if not numbers["rank"] < numbers["ranks"]:
         raise ValueError(f"rank {numbers['rank']} is not below the number of ranks, {numbers['ranks']}.")
+    if not 0 < numbers["port"] < 65536:
+        raise ValueError(f"{names['port']} is {numbers['port']}, but ports are 1 to 65535. HINT: let torchrun set it.")
     os.environ["MASTER_ADDR"] = address  # by which a station finds its own address
     return _Job(numbers["rank"], numbers["ranks"], address, numbers["port"])
 

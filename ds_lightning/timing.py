@@ -27,6 +27,7 @@ from ds_lightning.topology import Topology, amount
 EVENT_RANKS = 32
 # Beyond, planning takes minutes.
 PLAN_RANKS = 20_000
+_SHORTEST_PERIOD = 1e-3  # seconds, of contention
 NAMES = ("ddp", "hierarchical", "local", "pairs", "grid", "shuffle", "topology")
 
 # When each rank ends a step, shape (N,), and the seconds that each link was busy for it, shape (nodes,).
@@ -71,7 +72,11 @@ class Setting:
         amount("compute", self.compute, zero=True)
         amount("jitter", self.jitter, zero=True)
         check_share("contention", self.contention)
-        amount("contention_period", self.contention_period)
+        if amount("contention_period", self.contention_period) < _SHORTEST_PERIOD:
+            raise ValueError(
+                f"contention_period={self.contention_period:g} is below {_SHORTEST_PERIOD:g} s, and each is followed."
+                " HINT: use more seconds."
+            )
         positive_int("local_steps", self.local_steps)
         check_seed(self.seed)
 

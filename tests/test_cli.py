@@ -16,6 +16,7 @@ from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from omegaconf import OmegaConf
 
 from ds_lightning import ConsensusMonitor, DSSyncStrategy, GridSchedule, ShuffleSchedule
+from ds_lightning.topology import Topology
 from tests.ranks import QUIET, run_ranks
 
 ROOT = Path(__file__).parents[1]
@@ -127,6 +128,13 @@ def test_help_describes_every_option(capsys):
         described = text.split(f"--trainer.strategy.{option} ")[-1].split("--trainer", 1)[0]
         assert "(type: " in described
         assert len(described.split("(type: ")[0].split()) > 3, described
+
+
+def test_the_path_of_a_topology_is_passed_on(tmp_path):
+    (tmp_path / "cluster.yaml").write_text("bandwidth: 10\nhosts:\n  n[0-3]:\n")
+    path = f"--trainer.strategy.topology={tmp_path / 'cluster.yaml'}"
+    strategy = strategy_of("--trainer.strategy.schedule=topology", path)
+    assert strategy.topology == Topology.flat(["n0", "n1", "n2", "n3"], 10)
 
 
 @pytest.mark.parametrize(

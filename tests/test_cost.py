@@ -296,6 +296,21 @@ def test_many_ranks_are_sampled(make, n, g, monkeypatch):
     assert steady_error(period) == pytest.approx(exact, rel=0.06)
 
 
+def test_what_shrinks_slowly_is_told_of_many_ranks():
+    """One pair every 8 steps between two halves that agree among themselves: most of the error is between these."""
+    n = 320
+    half, pairs = [*range(n // 2)], ShuffleSchedule(n // 2, 2)
+    partitions = []
+    for t in range(8):
+        inside = [tuple(r + n // 2 * side for r in group) for side in (0, 1) for group in pairs.partition(t)]
+        crossing: tuple[int, ...] = (half[t], half[t] + n // 2) if t == 0 else ()
+        partitions.append([tuple(r for r in group if r not in crossing) for group in inside] + [crossing])
+    period = rounds(CyclicSchedule([[group for group in partition if group] for partition in partitions]))
+    exact = cost._exact_error(period, n)
+    assert exact > 2  # where pairs of a grid have 0.98
+    assert steady_error(period) == pytest.approx(exact, rel=0.35)  # a sample of one direction: 48 numbers
+
+
 def test_ten_thousand_ranks():
     n = 10_000
     hosts = {f"n{i}": f"r{i // 40}" for i in range(n)}

@@ -180,9 +180,10 @@ def test_an_interface_without_an_address_is_named(monkeypatch):
         ([], {}, "RANK, WORLD_SIZE, MASTER_PORT"),
         ([], {"RANK": "one", "WORLD_SIZE": "2", "MASTER_PORT": "1"}, "RANK is 'one', not a number"),
         ([], {"RANK": "2", "WORLD_SIZE": "2", "MASTER_PORT": "1"}, "rank 2 is not below"),
+        ([], {"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "99999999"}, "ports are 1 to 65535"),
         (["--timeout", "0"], {}, "--timeout is 0"),
         (["--timeout", "soon"], {}, "invalid float value"),
-        (["--output", "{folder}"], {"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "1"}, "exists. HINT"),
+        (["--output", "{folder}", "--force"], {"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "1"}, "is a folder"),
         (["--output", "{folder}/a/b"], {"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "1"}, "there is no folder"),
     ],
 )

@@ -248,6 +248,7 @@ def test_a_hundred_thousand_ranks_in_a_grid():
         ({"jitter": float("nan")}, "jitter=nan"),
         ({"contention": 2.0}, "contention=2 is no share"),
         ({"contention_period": 0.0}, "contention_period=0"),
+        ({"contention_period": 1e-9}, "contention_period=1e-09 is below 0.001 s"),
         ({"local_steps": 0}, "local_steps=0"),
         ({"seed": -1}, "seed=-1"),
     ],

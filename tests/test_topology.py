@@ -17,7 +17,7 @@ from ds_lightning.topology import Link, Topology, expand
 NAMES = st.text(st.characters(codec="utf-8"), min_size=1, max_size=8).filter(
     lambda name: name.isprintable() and not re.search(r"[\s,\[\]]", name)
 )
-SPEEDS = st.floats(min_value=0, exclude_min=True, allow_nan=False, allow_infinity=False)
+SPEEDS = st.floats(1e-9, 1e9)
 LINKS = st.one_of(
     st.builds(Link, st.integers(1, 400), st.integers(1, 400), st.sampled_from([0, 0.05])),
     st.builds(Link, SPEEDS, SPEEDS, SPEEDS),
@@ -150,6 +150,8 @@ def test_a_host_is_found_by_its_short_name():
     # Numbers have no domain.
     with pytest.raises(ValueError, match=r"rank 0 runs on host '10.0.0.2'"):
         Topology.flat(["10.0.0.1"], 10).with_ranks(["10.0.0.2"])
+    with pytest.raises(ValueError, match=r"hosts 'n0.a' and 'n0.b' of the job would both be n0 .*HINT"):
+        Topology.flat(["n0", "n1"], 10).with_ranks(["n0.a", "n1", "n0.b"])
 
 
 def test_an_unknown_host_is_named_beside_eight_known_ones():
@@ -173,13 +175,21 @@ def test_one_host_has_no_path():
 
 
 @pytest.mark.parametrize("name", ["up", "down", "latency"])
-@pytest.mark.parametrize("value", [-1, float("nan"), float("inf"), True, "25", None, 10**400])
+@pytest.mark.parametrize("value", [-1, 1.1e9, 1e307, float("nan"), float("inf"), True, "25", None, 10**400])
 def test_links_are_checked(name, value):
     with pytest.raises(ValueError, match=f"{name}=.* is not .*HINT"):
         Link(**{"up": 1, "down": 1, name: value})
 
 
+def test_a_host_may_be_called_as_the_switch_that_is_not_named():
+    topology = Topology.parse("bandwidth: 1\nhosts:\n  switch:\n  b:\n")
+    assert topology == Topology.flat(["switch", "b"], 1)
+    assert (topology.hosts, topology.top) == (("switch", "b"), "switch_")
+
+
 def test_no_link_stands_still():
+    with pytest.raises(ValueError, match=r"down=1e-10 is not between 1e-09 and 1e[+]09. HINT: write Gbit/s, and ms"):
+        Link(1, 1e-10)
     with pytest.raises(ValueError, match="up=0 is not above zero"):
         Link(0, 1)
     assert Link(1, 2, 0) == Link(1.0, 2.0)
@@ -284,6 +294,8 @@ def edited(before, after):
         (edited("down: 40", "down: nan"), "down=nan is not above zero and finite", 6),
         (edited("down: 40", "down: .inf"), "down='.inf' is not a number", 6),
         (edited("down: 40", "down: 1e999"), "down=inf is not above zero and finite", 6),
+        (edited("down: 40", "down: 1e307"), "down=1e[+]307 is not between 1e-09 and 1e[+]09", 6),
+        (edited("core: {}", "core: {}\n  spare: {}"), "switch spare has no hosts below it", 5),
         (edited("latency: 0.05", "latency: -0.05"), "latency=-0.05 is not at least zero", 2),
         (edited("bandwidth: 6", "bandwidth: fast"), "bandwidth='fast' is not a number", 9),
         (edited("bandwidth: 6", "bandwidth: true"), "bandwidth='true' is not a number", 9),
@@ -303,7 +315,6 @@ def edited(before, after):
         (edited("  slow", "  n1"), "n1 is named twice, first in line 8", 9),
         (edited("hosts:", "  rack2: {to: core}\nhosts:"), "switch rack2 has no hosts below it", 7),
         ("bandwidth: 1\nhosts:\n  a: {to: x}", "'x' is an unknown switch", 3),
-        ("bandwidth: 1\nhosts:\n  switch:", "switch is below switch, a host", 3),
         # The text.
         ("", "there is nothing here", 1),
         ("# a comment\n", "there is nothing here", 1),
