@@ -31,6 +31,8 @@ Partition = tuple[Group, ...]
 
 # All partitions of a period are looked at before training.
 _LONGEST_PERIOD = 10_000
+# Each is sent with its own messages.
+_MOST_PARTS = 16
 # A schedule without a `period` is looked at for this many steps; it must repeat within half of them.
 _PROBED_STEPS = 512
 
@@ -222,18 +224,23 @@ class ShuffleSchedule:
 class CyclicSchedule:
     """A list of partitions, used in turn: what a planner found, or a user wrote down.
 
+    With ``parts > 1`` the parameters are cut into that many equal parts, and in step ``t`` part ``q`` is averaged in
+    partition ``t + q``. Each part goes through the same partitions, at another time than the others: what a slow link
+    has to carry in one of them is spread over ``parts`` steps.
+
     Args:
         partitions: One after the other, at least one; each has every rank 0 to N-1 exactly once.
+        parts: How many, 1 to 16.
 
     Raises:
-        ValueError: If there is none, or one of them is no partition of the same ranks.
+        ValueError: If there is no partition, one of them is none of the same ranks, or ``parts`` is out of range.
 
     Example:
         >>> CyclicSchedule([[(0, 1), (2,)], [(0,), (1, 2)]]).group(2, step=3)
         (1, 2)
     """
 
-    def __init__(self, partitions: Sequence[Sequence[Sequence[int]]]) -> None:
+    def __init__(self, partitions: Sequence[Sequence[Sequence[int]]], parts: int = 1) -> None:
         try:
             self._partitions = tuple(
                 tuple(tuple(sorted(as_int("rank", rank) for rank in group)) for group in partition)
@@ -247,6 +254,9 @@ class CyclicSchedule:
             raise ValueError(
                 "partitions is empty, or has an empty one or an empty group. HINT: give each rank a group."
             )
+        self.parts = positive_int("parts", parts)
+        if self.parts > _MOST_PARTS:
+            raise ValueError(f"parts={self.parts} is too large. HINT: use 1 to {_MOST_PARTS}.")
         self.period = len(self._partitions)
         self.world_size = sum(map(len, self._partitions[0]))
         self._groups: list[dict[int, Group]] = [
@@ -267,7 +277,8 @@ class CyclicSchedule:
 
     def __repr__(self) -> str:
         digest = hashlib.sha256(repr(self._partitions).encode()).hexdigest()
-        return f"CyclicSchedule({self.period} partitions of {self.world_size} ranks, {digest[:8]})"
+        parts = f" in {self.parts} parts" if self.parts > 1 else ""
+        return f"CyclicSchedule({self.period} partitions of {self.world_size} ranks{parts}, {digest[:8]})"
 
 
 class _Permutation:
@@ -419,6 +430,11 @@ def schedule_period(schedule: Schedule) -> int:
         f"schedule={schedule!r} does not repeat within {_PROBED_STEPS // 2} steps, and process groups must all be made"
         " before training. HINT: cycle through a fixed pool of partitions and give the schedule an int `period`."
     )
+
+
+def schedule_parts(schedule: Schedule) -> int:
+    """Parts of the parameters, of which part ``q`` is averaged in partition ``t + q`` of step ``t``; usually one."""
+    return positive_int("parts of the schedule", getattr(schedule, "parts", 1))
 
 
 def check_schedule(schedule: Schedule) -> None:
