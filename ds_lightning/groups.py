@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
 
-from ds_lightning.schedule import Group, Schedule, check_schedule, schedule_period
+from ds_lightning.schedule import Group, Schedule, check_schedule, schedule_parts, schedule_period
 
 T = TypeVar("T")
 
@@ -32,8 +32,9 @@ class ScheduledGroups:
     """The process group in which this rank averages at every round of a schedule.
 
     A *round* counts synchronizations; it is the schedule's step. A rank belongs to at most log_g(N) groups of a grid
-    (rounded up) and ``ShuffleSchedule.POOL_SIZE`` of a shuffle. Nothing is made after the constructor, so training
-    never waits for a rendezvous and the number of communicators (GPU memory) is bounded.
+    (rounded up) and ``ShuffleSchedule.POOL_SIZE`` of a shuffle. Groups are made by the constructor and by
+    :meth:`change` alone, so training never waits for a rendezvous and the number of communicators (GPU memory) is
+    bounded.
 
     Args:
         schedule: Who averages with whom; must be the same on all ranks.
@@ -51,10 +52,9 @@ class ScheduledGroups:
             raise RuntimeError(
                 "ScheduledGroups needs a process group. HINT: call torch.distributed.init_process_group."
             )
-        self.schedule = schedule
         self.rank = dist.get_rank()
         self.timeout = timeout
-        error, period = None, 1
+        error = None
         table: list[list[Group]] = []
         try:
             if schedule.world_size != dist.get_world_size():
@@ -63,41 +63,71 @@ class ScheduledGroups:
                     f" {dist.get_world_size()}. HINT: make it for {dist.get_world_size()} ranks."
                 )
             check_schedule(schedule)
-            period = schedule_period(schedule)
-            table = [[tuple(sorted(group)) for group in schedule.partition(t)] for t in range(period)]
+            table = _table(schedule)
+            parts = schedule_parts(schedule)
         except Exception as e:  # whatever a user's schedule raises on one rank must end all ranks alike
-            error = str(e)
+            error, parts = str(e), 1
             if "HINT: " not in error:
                 error = (
                     f"schedule={schedule!r} could not be asked: {type(e).__name__}: {e}. HINT: `partition(step)` and"
                     " `group(rank, step)` must answer at every step."
                 )
-        require_agreement("the schedule's partitions", table, error)
-        self.period = period
+        require_agreement("the schedule's partitions", table if parts == 1 else (parts, table), error)
         self.hosts = gather_hosts() if hosts is None else hosts
+        self._made: dict[Group, dist.ProcessGroup | None] = {}  # None: this rank is no member
+        self.change(schedule)
 
+    def change(self, schedule: Schedule) -> None:
+        """Make the process groups of a schedule, and destroy those that it does not need.
+
+        Collective over all ranks, between two rounds, with nothing under way in any group.
+
+        Args:
+            schedule: A valid one, the same on all ranks.
+        """
+        self.schedule, self.period, self.parts = schedule, schedule_period(schedule), schedule_parts(schedule)
         # Every rank makes every group, in the order of steps: `new_group` is collective over all ranks. (Its local mode
         # names groups by a count that differs between ranks as soon as one of them belongs to fewer groups, and hangs.)
-        mine: dict[Group, dist.ProcessGroup | None] = {}
-        seen: set[Group] = set()
-        for partition in table:
+        before, self._made = self._made, {}
+        for partition in _table(schedule):
             for members in partition:
-                if len(members) > 1 and members not in seen:
-                    seen.add(members)
-                    with connecting_later(False):
-                        group = within(timeout, partial(dist.new_group, list(members), timeout=timeout))
-                    if isinstance(group, dist.ProcessGroup):  # else this rank is no member
-                        mine[members] = group
-        own = [tuple(sorted(schedule.group(self.rank, t))) for t in range(period)]
-        self._groups = [(members, mine.get(members)) for members in own]
+                if len(members) > 1 and members not in self._made:
+                    self._made[members] = before.pop(members) if members in before else self._make(members)
+        if before:
+            within(self.timeout, dist.barrier)  # what others are to receive in them must have arrived
+        for group in before.values():
+            if group is not None:
+                dist.destroy_process_group(group)
+        own = [tuple(sorted(schedule.group(self.rank, t))) for t in range(self.period)]
+        self._groups = [(members, self._made.get(members)) for members in own]
 
-    def at(self, round_: int) -> tuple[Group, dist.ProcessGroup | None]:
-        """The ranks that this rank averages with at ``round_``, and their process group (``None`` when it is alone)."""
-        return self._groups[round_ % self.period]
+    def _make(self, members: Group) -> dist.ProcessGroup | None:
+        with connecting_later(False):
+            group = within(self.timeout, partial(dist.new_group, list(members), timeout=self.timeout))
+        return group if isinstance(group, dist.ProcessGroup) else None
+
+    def at(self, round_: int, part: int = 0) -> tuple[Group, dist.ProcessGroup | None]:
+        """The ranks that this rank averages with at ``round_``, and their process group (``None`` when it is alone).
+
+        Args:
+            round_: Synchronizations before this one.
+            part: Of the parameters, where the schedule has several.
+        """
+        return self._groups[(round_ + part) % self.period]
+
+    @property
+    def members(self) -> dict[Group, dist.ProcessGroup]:
+        """The process groups that this rank belongs to, by their ranks."""
+        return {members: group for members, group in self._groups if group is not None}
 
     def __len__(self) -> int:
         """Number of process groups that this rank belongs to."""
-        return len({members for members, group in self._groups if group is not None})
+        return len(self.members)
+
+
+def _table(schedule: Schedule) -> list[list[Group]]:
+    """The groups of each step of a period."""
+    return [[tuple(sorted(group)) for group in schedule.partition(t)] for t in range(schedule_period(schedule))]
 
 
 def gather_hosts() -> list[str]:

@@ -22,6 +22,18 @@ class Result(Protocol):
     def result(self) -> Any:
         """Wait until the task has run; raises what it raised."""
 
+    def seconds_since(self, other: Any) -> float | None:
+        """From the end of another task of the lane to the end of this one; None if that is not known yet."""
+
+
+class _Done(Future[None]):
+    """That of a thread."""
+
+    ended: float | None = None
+
+    def seconds_since(self, other: _Done) -> float | None:
+        return None if self.ended is None or other.ended is None else self.ended - other.ended
+
 
 class Lane:
     """Runs tasks one after the other beside the caller, in a thread: gloo's waits block whoever waits.
@@ -33,7 +45,7 @@ class Lane:
 
     def __init__(self) -> None:
         self.clock: Clock | None = None
-        self._tasks: queue.SimpleQueue[tuple[Callable[[], None], Future[None], Clock | None] | None] | None = None
+        self._tasks: queue.SimpleQueue[tuple[Callable[[], None], _Done, Clock | None] | None] | None = None
 
     def run(self, task: Callable[[], None]) -> Result:
         """Queue a task."""
@@ -41,9 +53,9 @@ class Lane:
             self._tasks = queue.SimpleQueue()
             threading.Thread(target=_work_off, args=(self._tasks,), name="dssync", daemon=True).start()
             weakref.finalize(self, self._tasks.put, None)
-        future: Future[None] = Future()
-        self._tasks.put((task, future, self.clock))
-        return future
+        done = _Done()
+        self._tasks.put((task, done, self.clock))
+        return done
 
     def new_clock(self) -> Clock:
         """A clock that suits this lane, started."""
@@ -62,15 +74,16 @@ class Lane:
 
 def _work_off(tasks: queue.SimpleQueue[Any]) -> None:
     while (item := tasks.get()) is not None:
-        task, future, clock = item
+        task, done, clock = item
         try:
             task()
+            done.ended = time.perf_counter()
             if clock is not None:
                 clock.task_ended()
-            future.set_result(None)
+            done.set_result(None)
         except BaseException as error:
-            future.set_exception(error)
-        del item, task, future, clock  # nothing may keep a payload alive until the next task comes
+            done.set_exception(error)
+        del item, task, done, clock  # nothing may keep a payload alive until the next task comes
 
 
 class StreamLane(Lane):
@@ -87,7 +100,7 @@ class StreamLane(Lane):
         self._stream.wait_stream(torch.cuda.current_stream())  # what a task sends has been packed there
         with torch.cuda.stream(self._stream):
             task()
-            event = torch.cuda.Event()
+            event = torch.cuda.Event(enable_timing=True)
             event.record()
             if self.clock is not None:
                 self.clock.task_ended()
@@ -105,10 +118,18 @@ class _StreamResult:
     def result(self) -> None:
         torch.cuda.current_stream().wait_event(self._event)
 
+    def seconds_since(self, other: _StreamResult) -> float | None:
+        return other._event.elapsed_time(self._event) / 1000 if self._event.query() else None
 
-def make_lane(device: torch.device, group: dist.ProcessGroup) -> Lane:
-    """The lane that suits the backend of a group."""
-    return StreamLane(device) if device.type == "cuda" and "nccl" in dist.get_backend(group) else Lane()
+
+def make_lanes(device: torch.device, group: dist.ProcessGroup, number: int) -> list[Lane]:
+    """Lanes that suit the backend of a group.
+
+    NCCL's operations share a stream: in an order that is not the same on all ranks they would wait for each other.
+    """
+    if device.type == "cuda" and "nccl" in dist.get_backend(group):
+        return [StreamLane(device)] * number
+    return [Lane() for _ in range(number)]
 
 
 class Clock:
@@ -131,6 +152,11 @@ class Clock:
     def wait_ends(self) -> None:
         """Whatever needed it goes on."""
         self._waited += time.perf_counter() - self._begun
+
+    @property
+    def ended(self) -> bool:
+        """Whether :meth:`seconds` would answer at once."""
+        return True
 
     def seconds(self) -> tuple[float, float]:
         """Seconds waited, and seconds run; on CUDA this waits for them to end."""
@@ -162,6 +188,11 @@ class StreamClock(Clock):
     @override
     def wait_ends(self) -> None:
         self._mark()
+
+    @property
+    @override
+    def ended(self) -> bool:
+        return all(event.query() for event in (*self._waits, self._ended))
 
     @override
     def seconds(self) -> tuple[float, float]:

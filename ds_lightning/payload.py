@@ -31,7 +31,7 @@ from ds_lightning.wire import Code, codec_for
 
 # Values per bucket: about an eighth of all, so that one is packed while the one before it travels. Fewer would be
 # mostly latency, and more would only delay the first byte.
-_BUCKETS, _SMALLEST_BUCKET, _LARGEST_BUCKET = 8, 1 << 18, 1 << 22
+_BUCKETS, _SMALLEST_BUCKET, _LARGEST_BUCKET = 8, 1 << 16, 1 << 22
 # Values rounded at a time: what stays in a processor's cache; a GPU prefers few large kernels.
 _TILE_ON_CPU, _TILE_ON_GPU = 1 << 15, 1 << 22
 # Buckets of which the second stage may be under way: each needs room for its rounded mean.
@@ -69,6 +69,7 @@ class Payload:
         self._route: _Route | None = None
         self._lane = Lane()
         self.bytes_sent = 0  # by the latest average
+        self.arrivals: Arrivals | None = None  # of the latest average; None if it was a single bucket
         self._done: list[Result] = []
 
     @torch.no_grad()
@@ -107,6 +108,7 @@ class Payload:
                 self._done.append(lane.run(trip.arrive))
         self._done += [lane.run(trip.arrive) for trip in trips[len(self._done) :]]
         self.bytes_sent = route.layout.bytes_sent
+        self.arrivals = Arrivals(self._done[0], self._done[-1], route.layout.after_first) if len(trips) > 1 else None
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -145,6 +147,20 @@ class Payload:
             if len(others) > 1:
                 route.second.append(_Messages([b.rounded] * len(others), b.received, others, group, tag + 1))
         return route
+
+
+@dataclass(frozen=True)
+class Arrivals:
+    """When the first and the last bucket of an average arrived: between them nobody waited for a member to begin."""
+
+    first: Result
+    last: Result
+    share: float  # of the values, that came after the first bucket
+
+    def seconds(self) -> float | None:
+        """What all buckets take, at the pace of those after the first; None if that is not known yet."""
+        seconds = self.last.seconds_since(self.first)
+        return None if seconds is None else seconds / self.share
 
 
 @dataclass
@@ -271,6 +287,7 @@ class _Layout:
         # The lane averages shards while the caller packs and applies: it has scratch of its own.
         lanes_scratch = [room.values(f"lane's scratch {i}", tile if shards > 1 else 0) for i in range(2)]
         self.bytes_sent = sum(row_bytes) * (1 if shards == 1 else 2 * others)
+        self.after_first = 1 - lengths[0] / sum(lengths)
         self.buckets: list[_Bucket] = []
         for i, (n, nbytes) in enumerate(zip(lengths, row_bytes, strict=True)):
             b = _Bucket(
@@ -421,6 +438,25 @@ class _Cutter:
                 self._flats.pop(0)
                 self._at = 0
         return pieces
+
+
+def in_parts(tensors: Sequence[Tensor], parts: int) -> list[list[Tensor]]:
+    """Tensors cut into parts of equally many values, in the order of memory; one with gaps in it is not cut."""
+    if parts == 1:
+        return [list(tensors)]
+    total, at = sum(t.numel() for t in tensors), 0
+    found: list[list[Tensor]] = [[] for _ in range(parts)]
+    for tensor in tensors:
+        flat, start = _in_memory_order(tensor), 0
+        while flat is not None and start < flat.numel():
+            part = (at + start) * parts // total
+            stop = min(-(-total * (part + 1) // parts) - at, flat.numel())
+            found[part].append(flat[start:stop])
+            start = stop
+        if flat is None:
+            found[at * parts // total].append(tensor)
+        at += tensor.numel()
+    return found
 
 
 def _like(flat: Tensor, pieces: list[Tensor]) -> list[Tensor]:

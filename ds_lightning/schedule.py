@@ -32,7 +32,7 @@ Partition = tuple[Group, ...]
 # All partitions of a period are looked at before training.
 _LONGEST_PERIOD = 10_000
 # Each is sent with its own messages.
-_MOST_PARTS = 16
+MOST_PARTS = 16
 # A schedule without a `period` is looked at for this many steps; it must repeat within half of them.
 _PROBED_STEPS = 512
 
@@ -255,8 +255,8 @@ class CyclicSchedule:
                 "partitions is empty, or has an empty one or an empty group. HINT: give each rank a group."
             )
         self.parts = positive_int("parts", parts)
-        if self.parts > _MOST_PARTS:
-            raise ValueError(f"parts={self.parts} is too large. HINT: use 1 to {_MOST_PARTS}.")
+        if self.parts > MOST_PARTS:
+            raise ValueError(f"parts={self.parts} is too large. HINT: use 1 to {MOST_PARTS}.")
         self.period = len(self._partitions)
         self.world_size = sum(map(len, self._partitions[0]))
         self._groups: list[dict[int, Group]] = [

@@ -658,8 +658,7 @@ class DSSyncStrategy(DDPStrategy):
     @property
     def can_stop(self) -> bool:
         """Whether no average is under way that a replica's file would lack; the same on all ranks."""
-        between = all(s.step % self.sync_every == 0 and not s.started for s in self.synchronizers)
-        return between or not self.save_replicas
+        return all(s.between for s in self.synchronizers) or not self.save_replicas
 
     def save_stopped(self, path: str) -> None:
         """The checkpoint that a stop leaves behind. Collective."""

@@ -16,6 +16,7 @@ into the wire's dtype, **average** in the group, **wait** for it, **apply** the 
 from __future__ import annotations
 
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import astuple, dataclass
 from functools import partial
@@ -31,10 +32,10 @@ from torch.optim import Optimizer
 
 from ds_lightning.consensus import broadcast_from_rank_0, consensus_of, consensus_of_optimizer_state
 from ds_lightning.groups import ScheduledGroups, gather_hosts, name_ranks, name_timeout
-from ds_lightning.lanes import Clock, Lane, make_lane
-from ds_lightning.payload import Payload
+from ds_lightning.lanes import Clock, Lane, make_lanes
+from ds_lightning.payload import Arrivals, Payload, in_parts
 from ds_lightning.rows import TouchedRows, is_table
-from ds_lightning.schedule import Group, make_schedule, positive_int
+from ds_lightning.schedule import MOST_PARTS, Group, make_schedule, positive_int
 from ds_lightning.wire import as_real, as_wire_dtype, by_dtype, flatten, is_averaged, split
 
 T = TypeVar("T")
@@ -42,7 +43,7 @@ T = TypeVar("T")
 # Loops over all parameters run at every step: in C.
 _PARAMETERS, _TRAINABLE, _VALUES = itemgetter("params"), attrgetter("requires_grad"), methodcaller("values")
 
-# Channels of the payloads that may be under way together; parameters have those from 1.
+# Channels of the payloads that may be under way together; parameters have those from MOST_PARTS: parts of each dtype.
 _BUFFERS, _GRADIENTS, _ROWS, _STATES = 1 << 8, 1 << 9, 1 << 10, 1 << 11
 
 SPARSE_GRADIENTS = (
@@ -136,14 +137,16 @@ class DSSynchronizer:
         self.step = 0
         self.started = False
         self.timed = False
+        self.arrivals: deque[tuple[int, int, Arrivals]] = deque(maxlen=256)  # of the latest averages: round, part, when
         self._synchronizations = self._bytes_sent = 0
         self._seconds_waiting = self._seconds_running = 0.0
-        self._lane: Lane | None = None
-        self._running: list[tuple[_Average, Callable[[], None] | None]] = []
-        self._clocks: list[Clock] = []  # not read yet: that may block a CUDA host
+        self._lanes: list[Lane] = []  # one for each part of the parameters: none waits for another part's members
+        self._clock: Clock | None = None  # of what is under way
+        self._running: list[tuple[int, _Average, Callable[[], None] | None]] = []  # part, average, and what follows
+        self._clocks: deque[Clock] = deque()  # not read yet: that may block a CUDA host
         self._laid_out: object = None
         self._parameters: list[Tensor] = []
-        self._values: list[_Average] = []
+        self._values: list[tuple[int, _Average]] = []
         self._rows: list[TouchedRows] = []
         self._sent_since_consensus: set[Tensor] = set()
         self._warned: set[str] = set()
@@ -197,8 +200,8 @@ class DSSynchronizer:
         if self.due:
             self._launch_values()
             self._launch_others()
-            if self._lane is not None and self._lane.clock is not None:
-                self._lane.clock.exposed = True
+            if self._clock is not None:
+                self._clock.exposed = True
             self._finish()
         self.step, self.started = self.step + 1, False
 
@@ -206,19 +209,16 @@ class DSSynchronizer:
         """Forget averages under way, after an exception or because all replicas become equal, and free the buffers."""
         for rows in self._rows:
             rows.touch_all()
-        self._bytes_sent += sum(average.bytes_sent for average, _ in self._running)
-        if self._lane is not None:
-            self._lane.clock = None
+        self._bytes_sent += sum(average.bytes_sent for _, average, _ in self._running)
+        self._clock = None
         self._running, self._values, self._laid_out, self.started = [], [], None, False
 
     @torch.no_grad()
     def _launch_values(self) -> None:
         """Parameters and buffers: what the first step of a round sends."""
-        if self.groups.at(self.round)[1] is None:
-            return
-        self._synchronizations += 1
-        for average in self._values:
-            self._launch(average)
+        for part, average in self._values:
+            self._launch(average, part=part)
+        self._synchronizations += bool(self._running)
 
     @torch.no_grad()
     def _launch_others(self) -> None:
@@ -232,29 +232,35 @@ class DSSynchronizer:
         for rows in self._rows:
             self._launch(rows)
 
-    def _launch(self, average: _Average, then: Callable[[], None] | None = None) -> None:
-        members, group = self.groups.at(self.round)
-        assert group is not None
-        if self._lane is None:
+    def _launch(self, average: _Average, then: Callable[[], None] | None = None, part: int = 0) -> None:
+        members, group = self.groups.at(self.round, part)
+        if group is None:
+            return
+        if not self._lanes:
             tensors = chain(_parameters(self.optimizer), self.module.parameters(), self.module.buffers())
-            self._lane = make_lane(next((t.device for t in tensors), torch.device("cpu")), group)
-        if self.timed and self._lane.clock is None:
-            self._lane.clock = self._lane.new_clock()
-        self._or_explain(partial(average.start, members, group, self._lane))
-        self._running.append((average, then))
+            device = next((t.device for t in tensors), torch.device("cpu"))
+            self._lanes = make_lanes(device, group, self.groups.parts)
+        lane = self._lanes[part]
+        if self.timed and self._clock is None:
+            self._clock = lane.new_clock()
+        lane.clock = self._clock
+        self._or_explain(partial(average.start, members, group, lane))
+        self._running.append((part, average, then))
 
     @torch.no_grad()
     def _finish(self) -> None:
         """Of what is under way."""
         running, self._running = self._running, []
-        for average, then in running:
+        for part, average, then in running:
             self._or_explain(average.finish)
             self._bytes_sent += average.bytes_sent
+            if isinstance(average, Payload) and average.arrivals is not None:
+                self.arrivals.append((self.round, part, average.arrivals))
             if then is not None:
                 then()
-        if self._lane is not None and self._lane.clock is not None:
-            self._clocks.append(self._lane.clock)
-            self._lane.clock = None
+        if self._clock is not None:
+            self._clocks.append(self._clock)
+            self._clock = None
 
     def _lay_out(self) -> None:
         """Make the buffers anew if parameters are others than before, were frozen, or lie elsewhere in memory."""
@@ -268,10 +274,13 @@ class DSSynchronizer:
         row_wise = {m.weight for m in self.module.modules() if is_table(m)}
         dense = by_dtype(p for p in averaged if p not in row_wise)
         self._values = [
-            Payload(same, self.wire_dtype or dtype, self._channel(i)) for i, (dtype, same) in enumerate(dense, 1)
+            (part, Payload(values, self.wire_dtype or dtype, self._channel(i * MOST_PARTS + part)))
+            for i, (dtype, same) in enumerate(dense, 1)
+            for part, values in enumerate(in_parts(same, self.groups.parts))
+            if values
         ]
         if self.index == 0:
-            self._values.append(_Buffers(self.module, self._channel(_BUFFERS)))
+            self._values.append((0, _Buffers(self.module, self._channel(_BUFFERS))))
         tables = _same_dtype(p for p in dict.fromkeys(averaged) if p in row_wise)
         if [*map(id, chain.from_iterable(same for _, same in tables))] != [id(t) for r in self._rows for t in r.tables]:
             known, self._rows = bool(self._rows), []
@@ -322,7 +331,7 @@ class DSSynchronizer:
         """Average gradients, while parameters may be under way."""
         running, self._running = self._running, []
         self._launch(Payload([flat], wire, self._channel(_GRADIENTS)))
-        average, _ = self._running.pop()
+        _, average, _ = self._running.pop()
         self._running = running
         self._or_explain(average.finish)
         self._bytes_sent += average.bytes_sent
@@ -366,8 +375,8 @@ class DSSynchronizer:
         try:
             return call()
         except RuntimeError as error:
-            members, _ = self.groups.at(self.round)
-            others = [rank for rank in members if rank != self.groups.rank]
+            members = {rank for part in range(self.groups.parts) for rank in self.groups.at(self.round, part)[0]}
+            others = sorted(members - {self.groups.rank})
             raise RuntimeError(
                 f"Rank {self.groups.rank} could not average step {self.step} with"
                 f" {name_ranks(others, self.groups.hosts)} within {name_timeout(self.groups.timeout)}: {error}. HINT:"
@@ -430,11 +439,32 @@ class DSSynchronizer:
     @property
     def statistics(self) -> Statistics:
         """What it cost so far. Reading it waits for the running collectives on CUDA."""
-        clocks, self._clocks = self._clocks, []
-        for waited, ran in (clock.seconds() for clock in clocks):
+        self._read_clocks(wait=True)
+        return Statistics(self._synchronizations, self._bytes_sent, self._seconds_waiting, self._seconds_running)
+
+
+    def seconds_waited(self) -> float:
+        """Of averages that have ended, while ``timed`` is set; does not wait for others."""
+        self._read_clocks(wait=False)
+        return self._seconds_waiting
+
+    def _read_clocks(self, wait: bool) -> None:
+        while self._clocks and (wait or self._clocks[0].ended):
+            waited, ran = self._clocks.popleft().seconds()
             self._seconds_waiting += waited
             self._seconds_running += ran
-        return Statistics(self._synchronizations, self._bytes_sent, self._seconds_waiting, self._seconds_running)
+
+    # ---- changes of the schedule ------------------------------------------------------------------------------------
+
+    @property
+    def between(self) -> bool:
+        """Whether this is between two rounds, with nothing under way; the same on all ranks."""
+        return self.step % self.sync_every == 0 and not self.started
+
+    def regroup(self) -> None:
+        """The groups were changed (:meth:`ScheduledGroups.change`), between two rounds: make the messages anew."""
+        self._laid_out, self._lanes = None, []
+        self.arrivals.clear()
 
 
 def check_state_names(names: Any) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ds_lightning.schedule import Schedule, mixing_matrix
+from ds_lightning.schedule import Schedule, mixing_matrix, schedule_parts
 
 
 class Reference:
@@ -51,9 +51,13 @@ class Reference:
             backward: ``backward(model, rank)`` leaves the rank's gradients.
             update: ``update(rank)`` in the place of ``optimizer.step()``.
         """
-        w = torch.eye(len(self.models), dtype=torch.float64)
+        ws = [torch.eye(len(self.models), dtype=torch.float64)] * schedule_parts(self.schedule)
         if (self.t + 1) % self.sync_every == 0:
-            w = torch.from_numpy(mixing_matrix(self.schedule, self.t // self.sync_every))
+            ws = [
+                torch.from_numpy(mixing_matrix(self.schedule, self.t // self.sync_every + part))
+                for part in range(len(ws))
+            ]
+        w = ws[0]
         if self.t % self.sync_every == 0:
             self.before = [x.double() for x in self._stacked()]
         for rank, (model, optimizer) in enumerate(zip(self.models, self.optimizers, strict=True)):
@@ -62,11 +66,11 @@ class Reference:
         if self.average_gradients:
             self._mix_gradients(w)
         if self.overlap:
-            self._add([mix(w, x) - x for x in self.before])
+            self._add(self._mixed(ws, self.before))
         for rank, optimizer in enumerate(self.optimizers):
             update(rank) if update else optimizer.step()
         if not self.overlap:
-            self._add([mix(w, x.double()) - x.double() for x in self._stacked()])
+            self._add(self._mixed(ws, [x.double() for x in self._stacked()]))
         self.t += 1
 
     def flat(self, rank: int) -> Tensor:
@@ -75,6 +79,19 @@ class Reference:
 
     def _stacked(self) -> list[Tensor]:
         return [torch.stack([x.detach() for x in xs]) for xs in zip(*map(averaged, self.models), strict=True)]
+
+    def _mixed(self, ws: list[Tensor], before: list[Tensor]) -> list[Tensor]:
+        """What mixing adds: to value v of the n parameters by the matrix of part v * parts // n, to buffers by W_t."""
+        differences, at = [], 0
+        total = sum(p.numel() for p in self.models[0].parameters())
+        for x in before:
+            values = torch.arange(at, at + x[0].numel())
+            part = torch.where(values < total, values * len(ws) // total, 0)
+            rows = x.flatten(1)
+            mixed = sum((w @ rows) * (part == q) for q, w in enumerate(ws))
+            differences.append((mixed - rows).view_as(x))
+            at += x[0].numel()
+        return differences
 
     @torch.no_grad()
     def _add(self, differences: list[Tensor]) -> None:

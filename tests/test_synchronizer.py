@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
-from ds_lightning import DSSynchronizer, GridSchedule, ShuffleSchedule
+from ds_lightning import CyclicSchedule, DSSynchronizer, GridSchedule, ShuffleSchedule
 from ds_lightning.groups import ScheduledGroups, exchange, own_store
 from tests.ranks import run_ranks
 from tests.reference import Reference, flat, relative_error
@@ -81,6 +81,7 @@ def train_all(rank, schedule):
     [
         GridSchedule(4, 2),
         ShuffleSchedule(4, 2, seed=1),
+        CyclicSchedule([[(0, 1), (2,), (3,)], [(0, 2, 3), (1,)], [(1, 2), (0, 3)]], parts=3),
         pytest.param(GridSchedule(4, 4), marks=pytest.mark.slow),
         pytest.param(ShuffleSchedule(5, 2), marks=pytest.mark.slow),
         pytest.param(GridSchedule(8, 2), marks=pytest.mark.slow),
@@ -100,6 +101,52 @@ def test_equals_the_reference(schedule):
             reference.step(partial(backward, t))
         for rank, result in enumerate(ranks):
             assert relative_error(result[name, overlap], reference.flat(rank)) < 1e-6, (name, overlap, rank)
+
+
+def change_amid(rank, before, after, overlap):
+    """Train; what process groups there are beforehand, in the middle, and at the end."""
+    groups = ScheduledGroups(before)
+    model = make_model()
+    optimizer = make_optimizer("adam", model)
+    sync = DSSynchronizer(model, optimizer, groups)
+    held = [set(groups.members)]
+    for t in range(STEPS):
+        if t == STEPS // 2:
+            kept = {members: groups.members[members] for members in groups.members}
+            groups.change(after)
+            sync.regroup()
+            held.append(set(groups.members))
+            assert all(groups.members[m] is kept[m] for m in held[0] & held[1])
+            for members in held[0] - held[1]:
+                with pytest.raises(ValueError, match="not registered|not initialized|[Ii]nvalid"):
+                    dist.get_backend(kept[members])
+        if overlap:
+            sync.start()
+        optimizer.zero_grad()
+        backward(t, model, rank)
+        if overlap:
+            sync.finish()
+        optimizer.step()
+        if not overlap:
+            sync.synchronize()
+    return flat(model), held
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_another_schedule_from_some_step_on(overlap):
+    """Groups that both have stay, the others are destroyed, and the run equals the reference."""
+    before = GridSchedule(4, 2)
+    after = CyclicSchedule([[(0, 1), (2,), (3,)], [(1, 2, 3), (0,)], [(0, 3), (1,), (2,)]], parts=2)
+    ranks = run_ranks(change_amid, 4, before, after, overlap)
+    reference = Reference(make_model, partial(make_optimizer, "adam"), before, overlap)
+    for t in range(STEPS):
+        if t == STEPS // 2:
+            reference.schedule = after
+        reference.step(partial(backward, t))
+    for rank, (values, held) in enumerate(ranks):
+        assert relative_error(values, reference.flat(rank)) < 1e-6
+        for groups, schedule in zip(held, (before, after), strict=True):
+            assert groups == {schedule.group(rank, t) for t in range(3)} - {(rank,)}
 
 
 def train_ddp(rank, steps):
