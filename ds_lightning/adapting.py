@@ -1,0 +1,494 @@
+"""A plan that follows the network: what averages took is compared with what was planned for, and all change at once.
+
+**Measuring.** A rank knows when the first and when the last bucket of an average arrived: between them nobody waited
+for a member to begin, so that only the links decide how long that takes.
+
+**Judging.** Ranks put these times into the key-value store about twice a second, from a thread of their own. Rank 0
+compares them with what the cost model says (cost.py) and keeps a *share* for every link: what is left of the bandwidth
+that the topology states. A share falls where averages over the link took :data:`MARGIN` times as long as they should,
+and the fewest links that explain all slow averages are blamed. It rises again, at most to 1, where averages were
+faster than the link could be with it. Where parameters travel in parts, other parts hide that a link has recovered:
+now and then one round averages all parts in the same groups, to look.
+
+**Changing.** Rank 0 plans anew (in another thread) when shares or the time of compute changed, and the new plan is
+taken if a step should be :data:`GAIN` times faster with it. All ranks change before the same round, without waiting
+for each other until then: rank 0 allows rounds some seconds ahead, nobody begins a round that is not allowed yet, and
+what is changed begins with the first of these.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+
+from ds_lightning.cost import Floats, Network, Round, rounds
+from ds_lightning.groups import name_timeout
+from ds_lightning.payload import Arrivals
+from ds_lightning.planner import Plan, plan
+from ds_lightning.schedule import CyclicSchedule, Schedule, schedule_parts
+from ds_lightning.topology import Link, Topology
+
+# Averages so many times slower (or faster) than planned for say that a link has changed: noise is below.
+MARGIN = 1.5
+# Of a link's latest averages so many are looked at, and all but one must agree (two, that it is faster).
+LATEST = 4
+# A new plan's step must be so many times faster, or a change is not worth its while.
+GAIN = 1.15
+# A change may come only after so many times the seconds that the one before it took: a tenth of the time at most.
+PAUSE = 10
+# So it is with rounds that look whether a link has recovered, but these are of no use if it has not.
+LOOK = 40
+# Seconds between looks into the store: for few ranks, and more for each of them.
+_PACE, _PACE_OF_A_RANK = 0.5, 0.002
+# Rounds are allowed so many of these ahead, at first a fixed number of rounds.
+_AHEAD, _FIRST_ROUNDS = 6, 16
+# While a rank waits to be allowed a round.
+_HURRY = 0.02
+
+
+@dataclass(frozen=True)
+class Word:
+    """What rank 0 says.
+
+    Attributes:
+        until: Rounds before this one are allowed.
+        version: Of the plan; it counts changes.
+        since: The first round of this version.
+        look: A round and the partition in which it averages all parts, to see how fast links are; or None.
+        slowest: The smallest share of any link.
+    """
+
+    until: int
+    version: int = 0
+    since: int = 0
+    look: tuple[int, int] | None = None
+    slowest: float = 1.0
+
+
+@dataclass(frozen=True)
+class Change:
+    """A plan to change to."""
+
+    schedule: CyclicSchedule
+    why: str
+
+
+class Watch:
+    """What is known about the links from the times of averages. On rank 0.
+
+    Args:
+        network: The links as the topology states them.
+        schedule: Who averages with whom.
+        size: Bytes of the model on the wire.
+    """
+
+    def __init__(self, network: Network, schedule: Schedule, size: float) -> None:
+        self._network, self._size = network, size
+        self.shares: Floats = np.ones(len(network.nodes))
+        self.follow(schedule)
+
+    def follow(self, schedule: Schedule) -> None:
+        """From here on averages are those of this schedule."""
+        self._parts = schedule_parts(schedule)
+        self._period = rounds(schedule)
+        self._traffic = [self._network.traffic(groups) for groups in self._period]
+        self._looks: dict[int, int] = {}  # rounds that average all parts in one partition
+        self._incomplete: dict[tuple[int, int, int], dict[int, float]] = {}  # round, part, group: seconds by rank
+        self._averages: deque[_Average] = deque(maxlen=LATEST * 2 * self._network.world_size)
+
+    def look(self, round_: int, partition: int) -> None:
+        """That round averages all parts in this partition."""
+        self._looks = {round_: partition}
+
+    def take(self, rank: int, round_: int, part: int, seconds_per_byte: float) -> None:
+        """What an average of a part took a rank, per byte of it."""
+        partition = self._looks.get(round_, (round_ + part) % len(self._period))
+        groups = self._period[partition]
+        group = int(groups.group_of[rank])
+        came = self._incomplete.setdefault((round_, part, group), {})
+        came[rank] = seconds_per_byte
+        if len(came) < groups.sizes[group]:
+            return
+        del self._incomplete[round_, part, group]
+        members = sorted(came)
+        links = [node for node, models in enumerate(self._network.traffic(_alone(groups, members))) if models]
+        if links:
+            together = self._of_step(round_)
+            seconds = max(came.values()) * self._size / self._parts
+            self._averages.append(_Average(round_, seconds, {node: float(together[node]) for node in links}))
+        for key in [key for key in self._incomplete if key[0] < round_ - 4 * len(self._period)]:
+            del self._incomplete[key]
+
+    def _of_step(self, round_: int) -> Floats:
+        """Models on each link in a step, of all parts."""
+        if round_ in self._looks:
+            return self._traffic[self._looks[round_]]
+        at = [(round_ + part) % len(self._period) for part in range(self._parts)]
+        traffic: Floats = np.mean([self._traffic[i] for i in at], axis=0)
+        return traffic
+
+    def judge(self) -> bool:
+        """Bring the shares up to date; whether any of them changed."""
+        before = self.shares.copy()
+        latest: dict[int, list[_Average]] = {}
+        for average in sorted(self._averages, key=lambda a: -a.round):
+            for node in average.traffic:
+                if len(latest.setdefault(node, [])) < LATEST:
+                    latest[node].append(average)
+        enough = {node: averages for node, averages in latest.items() if len(averages) == LATEST}
+        for node, averages in enough.items():
+            if self.shares[node] < 1:
+                faster = sorted(average.seconds / self._needs(average)[node] for average in averages)[1]
+                if faster < 1 / MARGIN:
+                    self.shares[node] = min(1.0, self.shares[node] / faster)
+        while enough:
+            slower = {node: sorted(map(self._slower, averages))[1] for node, averages in enough.items()}
+            blamed = max(
+                (node for node in enough if slower[node] > MARGIN),
+                key=lambda node: (sum(self._slower(a) > MARGIN for a in self._over(node)), slower[node]),
+                default=None,
+            )
+            if blamed is None:
+                break
+            self.shares[blamed] /= slower[blamed]
+            del enough[blamed]
+        changed = np.abs(np.log(self.shares / before)) > 1e-9
+        if changed.any():
+            self._averages.clear()
+        return bool(changed.any())
+
+    def _over(self, node: int) -> list[_Average]:
+        return [average for average in self._averages if node in average.traffic]
+
+    def _needs(self, average: _Average) -> dict[int, float]:
+        """Seconds that each link needs for what a step puts on it."""
+        per_model = self._size * self._network.seconds_per_byte / self.shares
+        return {node: models * float(per_model[node]) for node, models in average.traffic.items()}
+
+    def _slower(self, average: _Average) -> float:
+        """How many times longer it took than its busiest link needs."""
+        return average.seconds / max(self._needs(average).values())
+
+    def topology(self) -> Topology:
+        """The topology with what is left of its links."""
+        full = self._network.topology
+        left = dict(zip(self._network.nodes, self.shares.tolist(), strict=True))
+        links = {node: Link(link.up * left[node], link.down * left[node], link.latency) for node, link in full.links.items()}
+        return replace(full, links=links)
+
+    def slow(self) -> str:
+        """The links that have changed, for people."""
+        named = zip(self._network.nodes, self.shares.tolist(), strict=True)
+        found = sorted((share, node) for node, share in named if share < 1)
+        if not found:
+            return "all links carry what the topology says"
+        more = f" and {len(found) - 4} more" if len(found) > 4 else ""
+        shown = ", ".join(f"{node} {share:.2f}" for share, node in found[:4])
+        return f"links carry less than the topology says: {shown}{more} of it"
+
+    def worth_a_look(self) -> tuple[int, float] | None:
+        """The partition that tells most about slow links, if parts hide it, and the seconds that it may take."""
+        slow = self.shares < 1 / MARGIN
+        if self._parts == 1 or not slow.any():
+            return None
+        told = [float(((traffic > 0) & slow).sum()) for traffic in self._traffic]
+        best = int(np.argmax(told))
+        if not told[best]:
+            return None
+        return best, float((self._traffic[best] * self._network.seconds_per_byte / self.shares).max()) * self._size
+
+
+@dataclass(frozen=True)
+class _Average:
+    round: int
+    seconds: float
+    traffic: dict[int, float]  # models that its step puts on each of its links
+
+
+def _alone(groups: Round, members: Sequence[int]) -> Round:
+    """A partition with these members together and everybody else alone."""
+    n = len(groups.group_of)
+    group_of = np.arange(n)
+    group_of[list(members)] = members[0]
+    _, group_of, sizes = np.unique(group_of, return_inverse=True, return_counts=True)
+    return Round(group_of, sizes)
+
+
+@dataclass
+class Leader:
+    """What rank 0 decides.
+
+    Args:
+        found: The plan that ranks follow at first.
+        seed: Of plans.
+    """
+
+    found: Plan
+    seed: int
+    word: Word = field(default_factory=lambda: Word(0))
+    changes: dict[int, Change] = field(default_factory=dict)  # by version
+
+    def __post_init__(self) -> None:
+        self._schedule: Schedule = self.found.schedule
+        self._watch = Watch(self.found.network, self._schedule, self.found.size)
+        self._compute = self.found.compute
+        self._planning: Future[tuple[Plan, str]] | None = None
+        self._rates: deque[tuple[float, int]] = deque(maxlen=8)
+        self._changed: tuple[float, int] | None = None  # when a change was announced; until all have made it
+        self._pause = self._next_look = 0.0
+
+    def begin(self, round_: int) -> None:
+        """A fit begins with this round."""
+        self.word = replace(self.word, until=round_ + _FIRST_ROUNDS, look=None)
+        self._rates.clear()
+        self._watch.follow(self._schedule)
+
+    def hear(self, reports: Sequence[dict[str, Any]], pace: float, now: float) -> None:
+        """Take what all ranks report, and make up the next :attr:`word`."""
+        for rank, report in enumerate(reports):
+            if report["version"] == self.word.version:
+                for sample in report["samples"]:
+                    if sample[0] >= self.word.since:
+                        self._watch.take(rank, *sample)
+        farthest = max(report["round"] for report in reports)
+        self._allow(farthest, pace, now)
+        if self._changed is not None and all(report["version"] == self.word.version for report in reports):
+            self._pause, self._changed = now + PAUSE * max(report["took"] for report in reports), None
+        if self._changed is None:
+            self._decide(reports, pace, now)
+
+    def _allow(self, farthest: int, pace: float, now: float) -> None:
+        self._rates.append((now, farthest))
+        (earlier, then), lead = self._rates[0], 2
+        if now - earlier > 0:
+            lead = max(lead, math.ceil((farthest - then) / (now - earlier) * _AHEAD * pace))
+        if farthest >= self.word.until - 1:  # ranks are, or soon will be, waiting: they are faster than was thought
+            lead = max(lead, 2 * _FIRST_ROUNDS if now - earlier < 1 else lead)
+        self.word = replace(self.word, until=max(self.word.until, farthest + 1 + lead))
+
+    def _decide(self, reports: Sequence[dict[str, Any]], pace: float, now: float) -> None:
+        if self._planning is not None:
+            if self._planning.done():
+                planned, self._planning = self._planning, None
+                self._consider(*planned.result(), now)
+            return
+        computes = [report["compute"] for report in reports if report["compute"] is not None]
+        compute = median(computes) if len(computes) == len(reports) else None
+        changed = self._watch.judge()
+        if compute is not None and (self._compute is None or not 1 / MARGIN < compute / max(self._compute, 1e-9) < MARGIN):
+            changed, self._compute = True, compute
+        if changed:
+            self._stale = True
+        if self._stale and now >= self._pause and self._compute is not None:
+            self._stale = False
+            self._plan()
+        elif (look := self._watch.worth_a_look()) is not None and now >= self._next_look:
+            partition, seconds = look
+            if self._next_look:
+                self.word = replace(self.word, look=(self.word.until, partition), until=self.word.until + 2)
+                assert self.word.look is not None
+                self._watch.look(*self.word.look)
+            self._next_look = now + LOOK * seconds
+
+    _stale = False  # whether what is known has changed since the latest plan
+
+    def _plan(self) -> None:
+        self._planning = Future()
+        topology, slow, future = self._watch.topology(), self._watch.slow(), self._planning
+
+        def run() -> None:
+            try:
+                found = plan(
+                    topology,
+                    self.found.size,
+                    self._compute,
+                    self.found.overlap,
+                    self.seed,
+                    thorough=False,
+                    present=self._schedule,
+                )
+                future.set_result((found, slow))
+            except BaseException as error:
+                future.set_exception(error)
+
+        threading.Thread(target=run, name="dssync: planning", daemon=True).start()
+
+    def _consider(self, found: Plan, slow: str, now: float) -> None:
+        present = next(option for option in found.alternatives if option.schedule is self._schedule)
+        if present.seconds < GAIN * found.best.seconds:
+            return
+        best = found.schedule
+        assert isinstance(best, CyclicSchedule)
+        version = self.word.version + 1
+        self.changes[version] = Change(
+            best,
+            f"{slow}. A step should take {found.best.seconds:.3g} s with {found.best.name}, where it would take"
+            f" {present.seconds:.3g} s",
+        )
+        self.word = Word(self.word.until + 2, version, self.word.until, None, float(self._watch.shares.min()))
+        self._schedule = best
+        self._watch.follow(best)
+        self._changed, self._next_look = (now, version), 0.0
+
+
+class Adapting:
+    """A rank's part: tells what it measured, and what rank 0 said. Its thread ends with :meth:`stop`.
+
+    Args:
+        store: With keys that nobody else uses.
+        rank: Of this process.
+        ranks: Number of ranks.
+        leader: On rank 0.
+        timeout: How long to wait for rank 0.
+    """
+
+    def __init__(
+        self, store: dist.Store, rank: int, ranks: int, round_: int, leader: Leader | None, timeout: timedelta | None
+    ) -> None:
+        self._store, self._rank, self._ranks, self._leader, self._timeout = store, rank, ranks, leader, timeout
+        self._pace = _PACE + _PACE_OF_A_RANK * ranks
+        self.version = 0 if leader is None else leader.word.version
+        self._samples: deque[tuple[int, int, float]] = deque(maxlen=64)
+        self._computes: deque[float] = deque(maxlen=16)
+        self._last: tuple[int, float, float] | None = None
+        self._round, self._took = round_, 0.0
+        self._word: Word | None = None
+        self._changes: dict[int, Change] = {}
+        self._error: BaseException | None = None
+        self._over = False
+        self._news = threading.Condition()
+        self._wake = threading.Event()
+        if leader is not None:
+            leader.begin(round_)
+        self._thread = threading.Thread(target=self._run, name="dssync: adapting", daemon=True)
+        self._thread.start()
+
+    def passed(self, round_: int, waited: float, arrivals: deque[tuple[int, int, Arrivals]]) -> None:
+        """This rank is about to begin a round.
+
+        Args:
+            round_: That round.
+            waited: Seconds that it has waited for averages so far.
+            arrivals: Of its latest averages; what is known is taken out.
+        """
+        now = time.perf_counter()
+        with self._news:
+            if self._last is not None and self._last[0] == round_ - 1:
+                self._computes.append(max(0.0, now - self._last[1] - (waited - self._last[2])))
+            self._last, self._round = (round_, now, waited), round_
+            while arrivals and (seconds := arrivals[0][2].seconds()) is not None:
+                at, part, came = arrivals.popleft()
+                self._samples.append((at, part, seconds / came.size))
+
+    def at(self, round_: int) -> tuple[Change | None, int | None]:
+        """The change to make before a round, and the partition that it averages all parts in, if it is to look.
+
+        Raises:
+            RuntimeError: If rank 0 does not allow the round within the timeout.
+        """
+        with self._news:
+            deadline = None if self._timeout is None else time.monotonic() + self._timeout.total_seconds()
+            while self._word is None or round_ >= self._word.until:
+                self._wake.set()
+                left = None if deadline is None else deadline - time.monotonic()
+                if self._error is not None or (left is not None and left <= 0):
+                    raise RuntimeError(
+                        f"Rank {self._rank} waited in vain for rank 0 to say whether the schedule changes, within"
+                        f" {name_timeout(self._timeout)}: {self._error or 'no answer'}. HINT: rank 0 ended or stopped;"
+                        " its own log says more."
+                    )
+                self._news.wait(left)
+            word = self._word
+            change = None
+            if word.version > self.version and round_ >= word.since:
+                change, self.version = self._changes[word.version], word.version
+                self._samples.clear()
+            look = word.look[1] if word.look is not None and word.look[0] == round_ else None
+            return change, look
+
+    def changed(self, seconds: float) -> None:
+        """The change took so long."""
+        self._took = seconds
+        with self._news:
+            self._last = None
+
+    @property
+    def slowest(self) -> float:
+        """The smallest share of any link, as far as rank 0 knows."""
+        return 1.0 if self._word is None else self._word.slowest
+
+    def stop(self) -> None:
+        """End the thread."""
+        self._over = True
+        self._wake.set()
+        self._thread.join(5)
+
+    # ---- the thread -------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while not self._over:
+                self._report()
+                if self._leader is not None:
+                    self._lead(self._leader)
+                self._listen()
+                with self._news:
+                    waiting = self._wake.is_set() and not self._over
+                    self._wake.clear()
+                if waiting:
+                    time.sleep(_HURRY)
+                else:
+                    self._wake.wait(self._pace)
+        except BaseException as error:
+            with self._news:
+                self._error = error
+                self._news.notify_all()
+
+    def _report(self) -> None:
+        with self._news:
+            report = {
+                "round": self._round,
+                "version": self.version,
+                "took": self._took,
+                "compute": median(self._computes) if len(self._computes) == self._computes.maxlen else None,
+                "samples": list(self._samples),
+            }
+            self._samples.clear()
+        self._store.set(str(self._rank), json.dumps(report))
+
+    def _lead(self, leader: Leader) -> None:
+        told = self._store.multi_get([str(rank) for rank in range(self._ranks)])
+        leader.hear([json.loads(report) for report in told], self._pace, time.monotonic())
+        if leader.word.version in leader.changes:
+            change = leader.changes.pop(leader.word.version)
+            content = {"partitions": [change.schedule.partition(t) for t in range(change.schedule.period)]}
+            content |= {"parts": change.schedule.parts, "why": change.why}
+            self._store.set(f"plan {leader.word.version}", json.dumps(content))
+        self._store.set("word", json.dumps(asdict(leader.word)))
+
+    def _listen(self) -> None:
+        told = json.loads(self._store.get("word"))
+        look = told.pop("look")
+        word = Word(**told, look=None if look is None else (look[0], look[1]))
+        change = None
+        if word.version > self.version and word.version not in self._changes:
+            content = json.loads(self._store.get(f"plan {word.version}"))
+            change = Change(CyclicSchedule(content["partitions"], content["parts"]), content["why"])
+        with self._news:
+            if change is not None:
+                self._changes = {word.version: change}
+            if word != self._word:
+                self._word = word
+                self._news.notify_all()
