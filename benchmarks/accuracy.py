@@ -199,26 +199,29 @@ def parse(argv: list[str]) -> argparse.Namespace:
         epilog=f"Arms: {', '.join(PEERS)}; {DSSYNC_ARMS}.",
     )
     parser.add_argument(
-        "--settings", nargs="+", default=DEFAULT_SETTINGS, metavar="SETTING",
+        "--settings",
+        nargs="+",
+        default=DEFAULT_SETTINGS,
+        metavar="SETTING",
         help=f"of {', '.join(SETTINGS)} (default: {' '.join(DEFAULT_SETTINGS)})",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--arms", nargs="+", default=DEFAULT_ARMS, metavar="ARM", help=f"(default: {' '.join(DEFAULT_ARMS)})"
     )
     parser.add_argument("--hosts", type=int, default=8, help="one worker each (default: %(default)s)")
-    parser.add_argument("--rate", type=float, default=100, help="of a link, in Mbit/s (default: %(default)s)")
+    parser.add_argument("--rate", type=float, default=150, help="of a link, in Mbit/s (default: %(default)s)")
     parser.add_argument("--width", type=int, default=4, help="of the WideResNet (default: %(default)s)")
     parser.add_argument("--depth", type=int, default=10, help="of the WideResNet (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=8, help="images per worker and step (default: %(default)s)")
     parser.add_argument(
         "--lr",
         type=float,
-        default=0.1,
+        default=0.05,
         help="the highest one; it falls along a cosine over --steps (default: %(default)s)",
     )
     parser.add_argument("--steps", type=int, default=120, help="most steps of a run (default: %(default)s)")
     parser.add_argument("--eval-every", type=int, default=10, help="steps between evaluations (default: %(default)s)")
-    parser.add_argument("--target", type=float, default=0.96, help="test accuracy (default: %(default)s)")
+    parser.add_argument("--target", type=float, default=0.97, help="test accuracy (default: %(default)s)")
     parser.add_argument(
         "--stop-at-target",
         action="store_true",

@@ -33,8 +33,8 @@ class HierarchicalMean:
 
     Each rack reduces, along a ring, so that each of its members holds a shard; the ranks of different racks that hold
     the same values all-reduce them; each rack gathers its shards. A member of a rack of c sends ``2 (c - 1) / c`` of
-    the gradients inside it, and ``2 (r - 1) / r`` of its shard to the other r - 1 racks. Racks may be unlike: their shards
-    are then, too, and a rank shares its own with several ranks of another rack, part by part.
+    the gradients inside it, and ``2 (r - 1) / r`` of its shard to the other r - 1 racks. Racks may be unlike: then
+    shards are, too, and a rank shares its own with several ranks of another rack, part by part.
 
     Use one per process and as its `hook`. Making it is collective.
 
