@@ -128,10 +128,8 @@ def run_arm(cluster: Cluster, setting: str, arm: str, seed: int, args: argparse.
     return Run(setting, arm, seed, first.curve, first.ends, slowed, steal, others)
 
 
-def run_all(args: argparse.Namespace) -> tuple[list[Run], dict[str, str]]:
-    """Every setting, seed by seed, with the arms one after the other; the runs, and the settings' titles."""
-    runs: list[Run] = []
-    titles: dict[str, str] = {}
+def run_all(args: argparse.Namespace, runs: list[Run], titles: dict[str, str]) -> None:
+    """Every setting, seed by seed, with the arms one after the other; adds to the runs, and to the settings' titles."""
     for setting in args.settings:
         titles[setting] = _title(args, setting)
         print(f"\n{titles[setting]}", flush=True)
@@ -141,7 +139,6 @@ def run_all(args: argparse.Namespace) -> tuple[list[Run], dict[str, str]]:
                     run = run_arm(cluster, setting, arm, seed, args)
                     runs.append(run)
                     print(f"  {_line(run, args.target)}", flush=True)
-    return runs, titles
 
 
 def _line(run: Run, target: float) -> str:
@@ -292,17 +289,22 @@ def main(argv: list[str] | None = None) -> int:
     """Parses the command line, runs what it asks for, and writes the results."""
     args = parse(sys.argv[1:] if argv is None else argv)
     exit_on_sigterm()
-    start = time.monotonic()
+    start, code = time.monotonic(), 0
+    runs: list[Run] = []
+    titles: dict[str, str] = {}
     try:
-        runs, titles = run_all(args)
+        run_all(args, runs, titles)
     except (RankError, ClusterError, TimeoutError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        code = 1
     except KeyboardInterrupt:
-        return 130
-    write(args, args.output / "accuracy" / time.strftime("%Y-%m-%d_%H-%M-%S"), runs, titles)
+        code = 130
+    except SystemExit as stop:  # a signal's
+        code = int(stop.code or 0)
+    if runs:  # also of a command that was stopped: they took minutes
+        write(args, args.output / "accuracy" / time.strftime("%Y-%m-%d_%H-%M-%S"), runs, titles)
     print(f"took {time.monotonic() - start:.0f} s")
-    return 0
+    return code
 
 
 if __name__ == "__main__":

@@ -193,7 +193,7 @@ def looks(arms: Iterable[str]) -> dict[str, tuple[str, str]]:
 
 
 def plot(runs: Sequence[Run], titles: dict[str, str], target: float, path: Path) -> None:
-    """A panel per setting: accuracy against seconds, a curve per arm, a dot where it reached the target."""
+    """A panel per setting: accuracy against seconds, a curve per arm, a dot when it had reached the target."""
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
@@ -220,8 +220,8 @@ def plot(runs: Sequence[Run], titles: dict[str, str], target: float, path: Path)
             hits = [reached(curve, target) for curve in curves]
             points = [point for point in hits if point is not None]
             if len(points) == len(curves):
-                (hit,) = mean_curve([[point] for point in points])
-                axis.plot(hit.seconds, hit.accuracy, "o", color=colour, markeredgecolor="white", markersize=8, zorder=4)
+                seconds = statistics.mean(point.seconds for point in points)
+                axis.plot(seconds, target, "o", color=colour, markeredgecolor="white", markersize=8, zorder=4)
         axis.set_xlim(0, 1.02 * max(run.curve[-1].seconds for run in here))
         axis.set_ylim(max(0.0, lowest - 0.03), 1.01)
         axis.set_ylabel("test accuracy", fontsize=8)
@@ -230,7 +230,7 @@ def plot(runs: Sequence[Run], titles: dict[str, str], target: float, path: Path)
         axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
         axis.set_title(titles.get(setting, setting), loc="left", fontsize=9)
-    axes[-1, 0].set_xlabel("seconds of training (a dot: target reached)", fontsize=8)
+    axes[-1, 0].set_xlabel("seconds of training (dot: when the target was reached)", fontsize=8)
     handles: dict[str, Any] = {}
     for axis in axes[:, 0]:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):

@@ -171,7 +171,7 @@ def test_an_arm_may_keep_its_plan():
 )
 def test_bad_arguments_end_before_anything_is_made(argv, message, monkeypatch, capsys):
     monkeypatch.setattr(accuracy, "check_machine", lambda *_: None)
-    monkeypatch.setattr(accuracy, "run_all", lambda args: pytest.fail("ran"))
+    monkeypatch.setattr(accuracy, "run_all", lambda *_: pytest.fail("ran"))
     with pytest.raises(SystemExit, match="2"):
         accuracy.main(argv)
     assert message in " ".join(capsys.readouterr().err.split())
