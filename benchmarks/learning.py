@@ -101,8 +101,8 @@ class Learned:
 class Classifier(LightningModule):
     """Trains by SGD with momentum and weight decay, as the recipe does.
 
-    Each rank evaluates its share of the test split. All hold the same model then, so that the sum of their hits is that
-    of the whole split.
+    Each rank evaluates its share of the test split. All hold the same model then (see :class:`Curve`; a forward pass of
+    DDP begins with rank 0's buffers), so that the sum of their hits is that of the whole split.
     """
 
     def __init__(self, training: Training) -> None:
