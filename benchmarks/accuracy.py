@@ -218,7 +218,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--steps", type=int, default=120, help="most steps of a run (default: %(default)s)")
     parser.add_argument("--eval-every", type=int, default=10, help="steps between evaluations (default: %(default)s)")
-    parser.add_argument("--target", type=float, default=0.97, help="test accuracy (default: %(default)s)")
+    parser.add_argument("--target", type=float, default=0.965, help="test accuracy (default: %(default)s)")
     parser.add_argument(
         "--stop-at-target",
         action="store_true",
