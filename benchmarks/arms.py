@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from benchmarks.cluster import sent_by
+from benchmarks.hierarchical import HierarchicalMean, racks_of
 from ds_lightning import DSSyncStrategy
 from ds_lightning.cost import Network, ddp_step_seconds, rounds
 from ds_lightning.flows import followed_step_seconds
@@ -36,7 +37,8 @@ from ds_lightning.topology import Topology
 from ds_lightning.wire import as_wire_dtype, wire_bytes
 
 COMPUTE = "compute"  # the arm that trains without any communication
-PEERS = ("ddp", "ddp-default", "ddp-bf16", "ddp-powersgd", "post-local-sgd")
+PEERS = ("ddp", "ddp-default", "ddp-bf16", "ddp-powersgd", "ddp-hierarchical", "post-local-sgd")
+DSSYNC_ARMS = "dssync[-blocking][-gSIZE|-topology[-fixed]][-everySTEPS][-bf16|-fp16|-int8]"
 LAYERS = 16  # of the paced model
 POWERSGD_RANK = 2
 LOCAL_STEPS = 4  # of post-local SGD, between two averages
@@ -187,11 +189,18 @@ class Module(LightningModule):
 
 
 class HookedDDP(DDPStrategy):
-    """DDP with a communication hook on any device: Lightning silently ignores hooks off CUDA."""
+    """DDP with a communication hook on any device: Lightning silently ignores hooks off CUDA.
 
-    def __init__(self, arm: str, **kwargs: Any) -> None:
+    Args:
+        arm: Names the hook.
+        topology: The description of the cluster, for a hook that goes by racks; None: all ranks are in one.
+        **kwargs: As for Lightning's strategy.
+    """
+
+    def __init__(self, arm: str, topology: str | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.arm = arm
+        self.topology = topology
 
     @override
     def configure_ddp(self) -> None:
@@ -202,6 +211,11 @@ class HookedDDP(DDPStrategy):
         elif self.arm == "ddp-powersgd":
             powersgd = powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=POWERSGD_RANK, start_powerSGD_iter=2)
             self.model.register_comm_hook(powersgd, powerSGD_hook.powerSGD_hook)
+        elif self.arm == "ddp-hierarchical":
+            one = [list(range(self.world_size))]
+            racks = one if self.topology is None else racks_of(Topology.parse(self.topology))
+            assert self._timeout is not None
+            self.model.register_comm_hook(None, HierarchicalMean(racks, self._timeout).hook)
         elif self.arm == "post-local-sgd":
             alone, _ = dist.new_subgroups(group_size=1)
             # Lightning looks for this state and averages models every `model_averaging_period` steps from then on.
@@ -216,22 +230,23 @@ def dssync_options(arm: str) -> dict[str, Any]:
 
     >>> dssync_options("dssync-g4-int8")
     {'group_size': 4, 'wire_dtype': 'int8'}
+    >>> dssync_options("dssync-topology-fixed")
+    {'schedule': 'topology', 'adapt': False}
     """
-    matched = re.fullmatch(r"dssync(-blocking)?(-g(\d+)|-topology)?(-every(\d+))?(-(bf16|fp16|int8))?", arm)
+    matched = re.fullmatch(r"dssync(-blocking)?(-g(\d+)|-topology(-fixed)?)?(-every(\d+))?(-(bf16|fp16|int8))?", arm)
     if matched is None:
-        raise ValueError(
-            f"{arm!r} is no arm. HINT: {', '.join(PEERS)} or dssync[-blocking][-gSIZE|-topology][-everySTEPS]"
-            "[-bf16|-fp16|-int8], for instance dssync-g4-int8."
-        )
+        raise ValueError(f"{arm!r} is no arm. HINT: {', '.join(PEERS)} or {DSSYNC_ARMS}, for instance dssync-g4-int8.")
     options: dict[str, Any] = {"overlap": False} if matched[1] else {}
     if matched[3]:
         options["group_size"] = int(matched[3])
     elif matched[2]:
         options["schedule"] = "topology"
-    if matched[5]:
-        options["sync_every"] = int(matched[5])
-    if matched[7]:
-        options["wire_dtype"] = matched[7]
+        if matched[4]:
+            options["adapt"] = False
+    if matched[6]:
+        options["sync_every"] = int(matched[6])
+    if matched[8]:
+        options["wire_dtype"] = matched[8]
     return options
 
 
@@ -261,10 +276,12 @@ def make_strategy(arm: str, parameter_bytes: int, timeout: float, topology: str 
     # Tuned: with the default of 25 MiB small models fit one bucket, and nothing overlaps backward.
     bucket_cap = min(25.0, max(0.25, parameter_bytes / MIB / 8))
     if arm == "ddp-powersgd":
-        # It chains collectives in callbacks. With several buckets ranks call them in different orders, and gloo fails.
+        # It chains collectives in callbacks. With several buckets ranks call them in different orders, and gloo fails:
+        # hence one bucket here, and the single ordered worker of the hierarchical hook.
         bucket_cap = 2 * parameter_bytes / MIB
     return HookedDDP(
         arm,
+        topology,
         timeout=limit,
         process_group_backend="gloo",
         bucket_cap_mb=bucket_cap,
@@ -282,6 +299,8 @@ def predict(arm: str, topology: str | None, parameter_bytes: int, compute: float
     ring = network.ring_seconds(range(network.world_size), parameter_bytes / (2 if arm == "ddp-bf16" else 1))
     if arm == "post-local-sgd":
         return compute + ring / LOCAL_STEPS
+    if arm == "ddp-hierarchical":
+        return ddp_step_seconds(network.hierarchical_seconds(parameter_bytes), compute)
     if arm in PEERS:
         return ddp_step_seconds(ring, compute)
     options = dssync_options(arm)
@@ -335,8 +354,8 @@ def memory(field: str) -> int:
     raise ValueError(f"there is no {field!r} in /proc/self/status")
 
 
-def measure(rank: int, job: Job, world_size: int, timeout: float) -> Measurement:
-    """Runs one `Trainer.fit`, as the rank that the environment says, and measures its later steps."""
+def prepare(arm: str) -> None:
+    """Makes this process, a rank of a cluster, quiet and of one thread; with the arm `compute` it is a world alone."""
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"  # or Lightning's launcher sets one thread per core of this one "node" again
     with suppress(PermissionError):  # not every container's root may
@@ -344,9 +363,14 @@ def measure(rank: int, job: Job, world_size: int, timeout: float) -> Measurement
     warnings.simplefilter("ignore")
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    if job.arm == COMPUTE:  # alone, though the others do the same at the same time
+    if arm == COMPUTE:  # alone, though the others do the same at the same time
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID"):
             del os.environ[name]
+
+
+def measure(rank: int, job: Job, world_size: int, timeout: float) -> Measurement:
+    """Runs one `Trainer.fit`, as the rank that the environment says, and measures its later steps."""
+    prepare(job.arm)
     before = memory("RssAnon")
     module = Module(job)
     meter = Meter(job, trace=job.trace is not None and rank < 2)

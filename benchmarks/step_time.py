@@ -22,7 +22,7 @@ from pathlib import Path
 from rich.console import Console
 
 from benchmarks import report
-from benchmarks.arms import COMPUTE, LAYERS, PEERS, Job, check_arm, measure, predict
+from benchmarks.arms import COMPUTE, DSSYNC_ARMS, LAYERS, PEERS, Job, check_arm, measure, predict
 from benchmarks.cluster import (
     SETTINGS,
     Cluster,
@@ -224,7 +224,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.step_time",
         description="Compares ways to synchronize by step time and bytes on hosts emulated on this machine (root).",
-        epilog=f"Arms: {', '.join(PEERS)}; dssync[-blocking][-gSIZE|-topology][-everySTEPS][-bf16|-fp16|-int8].",
+        epilog=f"Arms: {', '.join(PEERS)}; {DSSYNC_ARMS}.",
     )
     parser.add_argument(
         "--short", action="store_true", help="the default settings in under 10 minutes; other options refine it"
