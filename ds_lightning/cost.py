@@ -24,6 +24,7 @@ from collections.abc import Iterable, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,7 +46,7 @@ _EXACT_RANKS = 256
 _SAMPLES = 48
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Round:
     """A partition in arrays: the group of each rank, shape (N,), and each group's size, shape (groups,)."""
 
@@ -127,6 +128,8 @@ class Network:
         ways = {host: [number[node] for node in topology.way_up(host)] for host in topology.hosts}
         levels = max(map(len, ways.values()))
         self.above: Ints = np.full((levels, topology.world_size), -1)
+        # A round is asked for again and again: at every step, by each part, and of lengths of a period.
+        self._known: WeakKeyDictionary[Round, tuple[list[tuple[Ints, Ints, Floats]], Floats]] = WeakKeyDictionary()
         # The same by depth, the deepest first: each node is on one level, also where hosts are not all as deep.
         self._levels: Ints = np.full_like(self.above, -1)
         for host, way in ways.items():
@@ -171,6 +174,9 @@ class Network:
 
     def latency(self, groups: Round) -> Floats:
         """Seconds that a group's messages take besides, shape (groups,): of its longest path, once per stage."""
+        return self._costs(groups)[1]
+
+    def _find_latency(self, groups: Round) -> Floats:
         order, starts = groups._sorted
         some = order[starts][groups.group_of]
         # In a tree, the member farthest from any other one is at an end of the longest path.
@@ -187,6 +193,16 @@ class Network:
 
     def _crossings(self, groups: Round) -> list[tuple[Ints, Ints, Floats]]:
         """Per level: node, group, and models' bytes of that group that cross the node's link, per direction."""
+        return self._costs(groups)[0]
+
+    def _costs(self, groups: Round) -> tuple[list[tuple[Ints, Ints, Floats]], Floats]:
+        """Crossings and latency."""
+        costs = self._known.get(groups)
+        if costs is None:
+            costs = self._known[groups] = self._find_crossings(groups), self._find_latency(groups)
+        return costs
+
+    def _find_crossings(self, groups: Round) -> list[tuple[Ints, Ints, Floats]]:
         found = []
         for level in self._levels:
             ranks = np.flatnonzero(level >= 0)

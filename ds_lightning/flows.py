@@ -116,6 +116,10 @@ class Run:
                 period += (period + 1) * self._contention.period <= now  # rounding
                 change = (period + 1) * self._contention.period
                 capacity = (np.array(self._capacity) * self._contention.shares(period)).tolist()
+            while self._events and self._events[0][0] <= now:
+                _, step, rank = heapq.heappop(self._events)
+                for part in range(self._schedule.parts):
+                    self._join(rank, step, part, now)
             _share(self._under_way, capacity)
             over = min((now + transfer.left / transfer.rate for transfer in self._under_way), default=np.inf)
             event = self._events[0][0] if self._events else np.inf
@@ -125,10 +129,6 @@ class Run:
             now = time
             if time == over:
                 self._end_transfers(now)
-            elif time == event:
-                _, step, rank = heapq.heappop(self._events)
-                for part in range(self._schedule.parts):
-                    self._join(rank, step, part, now)
         return self._ends
 
     def _begin(self, rank: int, step: int, time: float) -> None:

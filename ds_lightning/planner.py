@@ -272,20 +272,33 @@ class _Search:
         # Those chosen by distance depend on what came before, and where the period is cut makes a difference.
         lengths = (4, 8, 12) if n <= _TRIED_RANKS else (8,)
         for (narrow, wide, every), seed in itertools.product(budgets, range(self.seed, self.seed + tries)):
-            chooser = _Chooser(self.network, seed)
-            allowed = [self._allowed(wide), *[self._allowed(narrow)] * (every - 1)]
             periods = sorted({-(-length // every) * every for length in lengths})
             settle = -(-sum(lengths) // every) * every if self._follows else 0
-            partitions = [chooser.partition(allowed[t % every]) for t in range(settle + periods[-1])][settle:]
-            name = "planned" if every == 1 else f"planned, wider every {every} steps"
-            for period in periods:
-                each = Period(map(Round.of, _shortest(partitions[:period])))
-                seconds = self._seconds(each, follow=False)
-                yield seconds, name, each
-                if 1 < every <= _MOST_PARTS and seconds > SAME_TIME * self._least(each):
-                    in_parts = Period(each, every)
-                    if seconds > SAME_TIME * (shorter := self._seconds(in_parts, follow=False)):
-                        yield shorter, f"planned in {every} parts", in_parts
+            for allowed, only_in_parts in self._allowances(narrow, wide, every):
+                chooser = _Chooser(self.network, seed)
+                partitions = [chooser.partition(allowed[t % every]) for t in range(settle + periods[-1])][settle:]
+                each_round = [Round.of(partition) for partition in partitions]
+                for period in periods:
+                    each = Period(each_round[: len(_shortest(partitions[:period]))])
+                    seconds = self._seconds(each, follow=False)
+                    if not only_in_parts:
+                        yield seconds, "planned" if every == 1 else f"planned, wider every {every} steps", each
+                    if 1 < every <= _MOST_PARTS and seconds > SAME_TIME * self._least(each):
+                        in_parts = Period(each, every)
+                        if seconds > SAME_TIME * (shorter := self._seconds(in_parts, follow=False)):
+                            yield shorter, f"planned in {every} parts", in_parts
+
+    def _allowances(self, narrow: float, wide: float, every: int) -> Iterator[tuple[list[Floats], bool]]:
+        """What links carry at each step from one wide budget to the next, and whether that is of use in parts alone.
+
+        In parts the time of a step is not that of the wide budget, and links that carry a model within the narrow one
+        need no more.
+        """
+        narrowed, widened = self._allowed(narrow), self._allowed(wide)
+        yield [widened, *[narrowed] * (every - 1)], False
+        needed = np.where(narrowed >= 1, narrowed, widened)
+        if 1 < every <= _MOST_PARTS and (needed > narrowed).any() and (needed < widened).any():
+            yield [needed, *[narrowed] * (every - 1)], True
 
     def _least(self, period: Period) -> float:
         """Seconds per step that no way to go through a period is below: of its busiest link, and of computing."""
@@ -342,6 +355,7 @@ class _Chooser:
         ways = [[int(node) for node in network.above[:, rank] if node >= 0] for rank in range(n)]
         self._alone = [_Group([rank], dict.fromkeys(way, 1)) for rank, way in enumerate(ways)]
         self._covariance: Floats = np.zeros((n, n) if self.by_distance else (0, 0))
+        self._pairs = np.triu_indices(n if self.by_distance else 0, 1)
         self._offered = [0] * n
         self._topology = network.topology
         self._number = {node: i for i, node in enumerate(network.nodes)}
@@ -360,7 +374,7 @@ class _Chooser:
         return groups.partition()
 
     def _farthest_first(self) -> list[tuple[int, int]]:
-        one, other = np.triu_indices(len(self._alone), 1)
+        one, other = self._pairs
         own = np.diag(self._covariance)
         # Rounded, because sums that should be equal differ in the last digits, and then by lot.
         apart = np.round(own[one] + own[other] - 2 * self._covariance[one, other], 6)
