@@ -422,16 +422,16 @@ class _Chooser:
 
 
 class _Group:
-    """Members, and how many of them are below each node."""
+    """Members, how many of them are below each node, and the models on the nodes' links per direction."""
 
     def __init__(self, members: list[int], below: dict[int, int]) -> None:
         self.members, self.below = members, below
-        self.share = 2 / len(members) if len(members) > 2 else 1.0
+        self.traffic = {node: _models(k, len(members)) for node, k in below.items()}
 
-    def traffic(self, node: int) -> float:
-        """Models on the node's link per direction, as in cost.py."""
-        k = self.below.get(node, 0)
-        return k * (len(self.members) - k) * self.share
+
+def _models(below: int, members: int) -> float:
+    """That a group puts on the link of a node with so many of its members below, as in cost.py."""
+    return below * (members - below) * (2 / members if members > 2 else 1.0)
 
 
 class _Groups:
@@ -444,17 +444,17 @@ class _Groups:
     def merge(self, one: int, other: int) -> bool:
         """Make the groups of two ranks one, if the links allow it."""
         mine, theirs = self._of[one], self._of[other]
-        if mine is theirs or len(mine.members) + len(theirs.members) > LARGEST_GROUP:
+        size = len(mine.members) + len(theirs.members)
+        if mine is theirs or size > LARGEST_GROUP:
             return False
-        both = _Group(mine.members + theirs.members, dict(mine.below))
-        for node, k in theirs.below.items():
-            both.below[node] = both.below.get(node, 0) + k
-        traffic = {}
-        for node in both.below:
-            before = mine.traffic(node) + theirs.traffic(node)
-            traffic[node] = self._traffic[node] - before + both.traffic(node)
+        traffic, below = {}, {}
+        for node in {**mine.below, **theirs.below}:
+            below[node] = mine.below.get(node, 0) + theirs.below.get(node, 0)
+            before = mine.traffic.get(node, 0.0) + theirs.traffic.get(node, 0.0)
+            traffic[node] = self._traffic[node] - before + _models(below[node], size)
             if traffic[node] > max(self._allowed[node], self._traffic[node]):
                 return False
+        both = _Group(mine.members + theirs.members, below)
         for node, models in traffic.items():
             self._traffic[node] = models
         for rank in both.members:
