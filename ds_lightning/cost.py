@@ -10,22 +10,26 @@ those that its members meet next (a max-plus recurrence)::
     overlap:   end_i(t) = max(end_i(t-1) + compute, max_{j in G} end_j(t-1) + seconds(G))
     otherwise: end_i(t) = max_{j in G} end_j(t-1) + compute + seconds(G)
 
+Of a schedule in ``parts`` (schedule.py) the groups of all parts are on the wire at once, each with that share of the
+model: a link carries the mean of what the parts' partitions put on it, and a rank waits for the last of its groups.
+
 Error. Every rank's update is its own unit of noise: ``X <- W_t (X + noise)``. The *steady consensus error* is what
 ``mean_i ||x_i - mean||^2`` settles at per parameter, in units of that noise, averaged over a period. Blind pairs of a
-grid have 0.5 at 8 ranks, 0.69 at 16 and 0.89 at 64.
+grid have 0.5 at 8 ranks, 0.69 at 16 and 0.89 at 64. Parts change nothing: each goes through the same partitions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ds_lightning.schedule import Partition, Schedule, schedule_period
+from ds_lightning.schedule import Partition, Schedule, schedule_parts, schedule_period
 from ds_lightning.topology import Topology
 
 Floats = NDArray[np.float64]
@@ -42,7 +46,7 @@ _EXACT_RANKS = 256
 _SAMPLES = 48
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Round:
     """A partition in arrays: the group of each rank, shape (N,), and each group's size, shape (groups,)."""
 
@@ -80,9 +84,27 @@ class Round:
         return np.argsort(self.group_of, kind="stable"), np.concatenate([[0], np.cumsum(self.sizes)[:-1]])
 
 
-def rounds(schedule: Schedule) -> list[Round]:
-    """One period of a schedule."""
-    return [Round.of(schedule.partition(t)) for t in range(schedule_period(schedule))]
+class Period(list[Round]):
+    """One period of a schedule, and in how many parts of the model it is gone through.
+
+    Args:
+        rounds: Its partitions.
+        parts: Of which part ``q`` is averaged in round ``t + q`` at step ``t``.
+    """
+
+    def __init__(self, rounds: Iterable[Round], parts: int = 1) -> None:
+        super().__init__(rounds)
+        self.parts = parts
+
+    def step(self, t: int) -> list[Round]:
+        """The round of each part at a step."""
+        return [self[(t + part) % len(self)] for part in range(self.parts)]
+
+
+def rounds(schedule: Schedule) -> Period:
+    """One period of a schedule, with its parts."""
+    partitions = (schedule.partition(t) for t in range(schedule_period(schedule)))
+    return Period(map(Round.of, partitions), schedule_parts(schedule))
 
 
 class Network:
@@ -106,6 +128,8 @@ class Network:
         ways = {host: [number[node] for node in topology.way_up(host)] for host in topology.hosts}
         levels = max(map(len, ways.values()))
         self.above: Ints = np.full((levels, topology.world_size), -1)
+        # A round is asked for again and again: at every step, by each part, and of lengths of a period.
+        self._known: WeakKeyDictionary[Round, tuple[list[tuple[Ints, Ints, Floats]], Floats]] = WeakKeyDictionary()
         # The same by depth, the deepest first: each node is on one level, also where hosts are not all as deep.
         self._levels: Ints = np.full_like(self.above, -1)
         for host, way in ways.items():
@@ -117,23 +141,42 @@ class Network:
         """Number of ranks N."""
         return int(self.above.shape[1])
 
-    def traffic(self, groups: Round) -> Floats:
-        """What a step puts on each node's link per direction, in multiples of a model's bytes; shape (nodes,)."""
-        traffic = np.zeros(len(self.nodes))
-        for node, _, crossing in self._crossings(groups):
-            np.add.at(traffic, node, crossing)
-        return traffic
+    def traffic(self, *parts: Round) -> Floats:
+        """What a step puts on each node's link per direction, in multiples of a model's bytes; shape (nodes,).
 
-    def seconds(self, groups: Round, size: float) -> Floats:
-        """What each group of a step takes, shape (groups,); ``size``: bytes of the model on the wire."""
-        busy = self.traffic(groups) * self.seconds_per_byte * size
+        Args:
+            parts: The groups; of a step in parts, those of each of them.
+        """
+        traffic = np.zeros(len(self.nodes))
+        for groups in parts:
+            for node, _, crossing in self._crossings(groups):
+                np.add.at(traffic, node, crossing)
+        return traffic / len(parts)
+
+    def seconds(self, groups: Round, size: float, traffic: Floats | None = None) -> Floats:
+        """What each group of a step takes, shape (groups,).
+
+        Args:
+            groups: The groups.
+            size: Bytes of the model on the wire.
+            traffic: Of the whole step, where these are the groups of one of its parts.
+        """
+        busy = (self.traffic(groups) if traffic is None else traffic) * self.seconds_per_byte * size
         busiest = np.zeros(len(groups.sizes))
         for node, group, _ in self._crossings(groups):
             np.maximum.at(busiest, group, busy[node])
         return busiest + self.latency(groups)
 
+    def step_seconds(self, parts: Sequence[Round], size: float) -> list[Floats]:
+        """What each group of each part of a step takes, as in :meth:`seconds`."""
+        traffic = self.traffic(*parts)
+        return [self.seconds(groups, size, traffic) for groups in parts]
+
     def latency(self, groups: Round) -> Floats:
         """Seconds that a group's messages take besides, shape (groups,): of its longest path, once per stage."""
+        return self._costs(groups)[1]
+
+    def _find_latency(self, groups: Round) -> Floats:
         order, starts = groups._sorted
         some = order[starts][groups.group_of]
         # In a tree, the member farthest from any other one is at an end of the longest path.
@@ -150,6 +193,16 @@ class Network:
 
     def _crossings(self, groups: Round) -> list[tuple[Ints, Ints, Floats]]:
         """Per level: node, group, and models' bytes of that group that cross the node's link, per direction."""
+        return self._costs(groups)[0]
+
+    def _costs(self, groups: Round) -> tuple[list[tuple[Ints, Ints, Floats]], Floats]:
+        """Crossings and latency."""
+        costs = self._known.get(groups)
+        if costs is None:
+            costs = self._known[groups] = self._find_crossings(groups), self._find_latency(groups)
+        return costs
+
+    def _find_crossings(self, groups: Round) -> list[tuple[Ints, Ints, Floats]]:
         found = []
         for level in self._levels:
             ranks = np.flatnonzero(level >= 0)
@@ -227,19 +280,26 @@ class Network:
         return found
 
 
+def averaged(parts: Sequence[Round], seconds: Sequence[Floats], ready: Floats) -> Floats:
+    """When each rank has the last of its groups' averages, if ranks are ready for them at these times, shape (N,)."""
+    ends = [(groups.latest(ready) + takes)[groups.group_of] for groups, takes in zip(parts, seconds, strict=True)]
+    return np.maximum.reduce(ends)
+
+
 def step_seconds(
-    network: Network, schedule: Sequence[Round], size: float, compute: float = 0.0, overlap: bool = True
+    network: Network, schedule: Period, size: float, compute: float = 0.0, overlap: bool = True
 ) -> float:
     """Mean seconds per step over all ranks, once the rhythm of a schedule has settled.
 
     Args:
         network: Where it runs.
-        schedule: One period of it.
+        schedule: One period of it, with its parts.
         size: Bytes of the model on the wire.
         compute: Seconds of forward and backward.
         overlap: Whether an average runs during them.
     """
-    takes = [network.seconds(groups, size) for groups in schedule]
+    steps = [schedule.step(t) for t in range(len(schedule))]
+    takes = [network.step_seconds(parts, size) for parts in steps]
     ends = np.zeros(network.world_size)
     settling = -(-24 // len(schedule)) * len(schedule)
     measured = -(-48 // len(schedule)) * len(schedule)
@@ -247,11 +307,8 @@ def step_seconds(
     for t in range(settling + measured):
         if t == settling:
             start = float(ends.mean())
-        groups, seconds = schedule[t % len(schedule)], takes[t % len(schedule)]
-        if overlap:
-            ends = np.maximum(ends + compute, (groups.latest(ends) + seconds)[groups.group_of])
-        else:
-            ends = (groups.latest(ends) + seconds)[groups.group_of] + compute
+        done = averaged(steps[t % len(steps)], takes[t % len(steps)], ends)
+        ends = np.maximum(ends + compute, done) if overlap else done + compute
     return (float(ends.mean()) - start) / measured
 
 
@@ -262,7 +319,10 @@ def ddp_step_seconds(wire: float, compute: float) -> float:
 
 
 def steady_error(schedule: Sequence[Round]) -> float:
-    """The steady consensus error of a schedule (one period of it); infinite if it never connects all ranks."""
+    """The steady consensus error of a schedule (one period of it); infinite if it never connects all ranks.
+
+    In any number of parts it is the same, as the mean over parameters.
+    """
     if not _connects(schedule):
         return float("inf")
     n = len(schedule[0].group_of)

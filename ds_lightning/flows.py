@@ -3,7 +3,8 @@
 The recurrence of cost.py takes a step's groups to be on the wire together. In truth ranks that have little to do run
 ahead, and what they send crowds a link that ranks of an earlier step are still waiting for. Here two members of a group
 begin to send to each other when both are ready (a group's second stage when all are), all that is under way shares the
-links fairly (max-min per connection, as TCP does in the mean), and members go on when their group is done.
+links fairly (max-min per connection, as TCP does in the mean), and members go on when their group is done; of a
+schedule in parts, which are all averaged at once, when the groups of all parts are.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ds_lightning.cost import Floats, Network, Round
+from ds_lightning.cost import Floats, Network, Period
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Run:
 
     Args:
         network: Where it runs.
-        schedule: One period.
+        schedule: One period, with its parts.
         size: Bytes of the model on the wire.
         compute: Seconds of forward and backward; of each step and rank, if it has the shape (steps, N).
         overlap: Whether an average runs during them.
@@ -81,7 +82,7 @@ class Run:
     def __init__(
         self,
         network: Network,
-        schedule: Sequence[Round],
+        schedule: Period,
         size: float,
         compute: float | Floats,
         overlap: bool,
@@ -96,7 +97,8 @@ class Run:
             for groups in schedule
         ]
         self._latency = [network.latency(groups).tolist() for groups in schedule]
-        self._groups: dict[tuple[int, int], _Group] = {}
+        self._groups: dict[tuple[int, int, int], _Group] = {}  # by step, part and number
+        self._averaged: dict[tuple[int, int], list[float]] = {}  # by step and rank: when parts were, till all are
         self._under_way: list[_Transfer] = []
         self._events: list[tuple[float, int, int]] = []  # time, step, rank: is ready for the step's average
 
@@ -114,6 +116,10 @@ class Run:
                 period += (period + 1) * self._contention.period <= now  # rounding
                 change = (period + 1) * self._contention.period
                 capacity = (np.array(self._capacity) * self._contention.shares(period)).tolist()
+            while self._events and self._events[0][0] <= now:
+                _, step, rank = heapq.heappop(self._events)
+                for part in range(self._schedule.parts):
+                    self._join(rank, step, part, now)
             _share(self._under_way, capacity)
             over = min((now + transfer.left / transfer.rate for transfer in self._under_way), default=np.inf)
             event = self._events[0][0] if self._events else np.inf
@@ -123,9 +129,6 @@ class Run:
             now = time
             if time == over:
                 self._end_transfers(now)
-            elif time == event:
-                _, step, rank = heapq.heappop(self._events)
-                self._join(rank, step, now)
         return self._ends
 
     def _begin(self, rank: int, step: int, time: float) -> None:
@@ -133,20 +136,21 @@ class Run:
             self._begun[rank] = time
             heapq.heappush(self._events, (time if self._overlap else time + self._computes[step][rank], step, rank))
 
-    def _join(self, rank: int, step: int, now: float) -> None:
-        at = step % len(self._schedule)
+    def _join(self, rank: int, step: int, part: int, now: float) -> None:
+        at = (step + part) % len(self._schedule)
         number = int(self._schedule[at].group_of[rank])
-        group = self._groups.get((step, number))
+        group = self._groups.get((step, part, number))
         if group is None:
             group = _Group(step, self._members[at][number], self._latency[at][number])
-            self._groups[step, number] = group
+            self._groups[step, part, number] = group
         size, stages = len(group.members), 1 if len(group.members) == 2 else 2
-        each = self._size * stages / size if size > 2 else self._size
+        model = self._size / self._schedule.parts
+        each = model * stages / size if size > 2 else model
         for other in group.ready:
             self._send(group, rank, other, each / stages)
         group.ready.append(rank)
         if len(group.ready) == size:
-            del self._groups[step, number]
+            del self._groups[step, part, number]
             if stages == 2:
                 for one, other in itertools.combinations(group.members, 2):
                     self._send(group, one, other, each / stages)
@@ -175,13 +179,20 @@ class Run:
     def _finish(self, group: _Group, now: float) -> None:
         time = now + group.latency
         for rank in group.members:
-            end = max(time, self._begun[rank] + self._computes[group.step][rank]) if self._overlap else time
+            times = self._averaged.setdefault((group.step, rank), [])
+            times.append(time)
+            if len(times) < self._schedule.parts:
+                continue
+            del self._averaged[group.step, rank]
+            end = max(times)
+            if self._overlap:
+                end = max(end, self._begun[rank] + self._computes[group.step][rank])
             self._ends[group.step, rank] = end
             self._begin(rank, group.step + 1, end)
 
 
 def followed_step_seconds(
-    network: Network, schedule: Sequence[Round], size: float, compute: float = 0.0, overlap: bool = True
+    network: Network, schedule: Period, size: float, compute: float = 0.0, overlap: bool = True
 ) -> float:
     """As :func:`ds_lightning.cost.step_seconds`, from a run that is followed event by event."""
     settling, measured = (-(-steps // len(schedule)) * len(schedule) for steps in (24, 48))

@@ -6,6 +6,10 @@ a trunk carries one model, one pair crosses it, and another one at the next step
 least. A budget below what a slow host needs leaves that host alone; every k-th step has a wider one, in which it takes
 part. Wide budgets also allow larger groups. All pairs of a narrow and a wide budget that the links suggest are tried,
 each is run through the cost model (cost.py), and the best trade of time and error is kept.
+
+The same partitions may be used in **parts** (schedule.py): as many as there are steps from one wide budget to the next,
+so that each step has one part of the model in a wide partition and the others in narrow ones. All steps are alike then,
+nobody waits for a wide one, and the error stays what it is.
 """
 
 from __future__ import annotations
@@ -22,9 +26,9 @@ from typing import Any
 
 import numpy as np
 
-from ds_lightning.cost import Floats, Network, Round, ddp_step_seconds, rounds, steady_error, step_seconds
+from ds_lightning.cost import Floats, Network, Period, Round, ddp_step_seconds, rounds, steady_error, step_seconds
 from ds_lightning.flows import followed_step_seconds
-from ds_lightning.schedule import CyclicSchedule, Partition, Schedule, make_schedule
+from ds_lightning.schedule import CyclicSchedule, Partition, Schedule, make_schedule, schedule_parts
 from ds_lightning.topology import Topology
 
 # A schedule may have so many times the steady consensus error of blind pairs, which cost no accuracy.
@@ -43,6 +47,8 @@ _TRIED_RANKS = 16
 _MOST_TRIES = 8
 # So many schedules at most are followed event by event: those that the recurrence takes to be the fastest.
 _FOLLOWED = 48
+# Of a part a member sends this much less at a time, and as many more messages.
+_MOST_PARTS = 4
 
 
 @dataclass(frozen=True)
@@ -131,11 +137,19 @@ class Plan:
         return said
 
 
-def plan(topology: Topology, size: float, compute: float | None = None, overlap: bool = True, seed: int = 0) -> Plan:
+def plan(
+    topology: Topology,
+    size: float,
+    compute: float | None = None,
+    overlap: bool = True,
+    seed: int = 0,
+    thorough: bool = True,
+) -> Plan:
     """The schedule with the best trade of step time and consensus error on a network.
 
     That is the fastest one whose steady consensus error is at most :data:`MOST_ERROR` times that of blind pairs, and
-    of those as fast within 3% the one with the smallest. The same arguments give the same plan.
+    of those as fast within 3% the one with the smallest; one in parts only if none without is as fast. The same
+    arguments give the same plan.
 
     Args:
         topology: The network and its ranks.
@@ -144,6 +158,8 @@ def plan(topology: Topology, size: float, compute: float | None = None, overlap:
             those without any and those with what the fastest hosts need to swap models, which just hides pairs'.
         overlap: Whether averages run during them.
         seed: Of choices among equals.
+        thorough: Whether lots are drawn more than once. ``False``, to plan again while training: once, and few
+            schedules are followed event by event, which takes below 1 s for 8 ranks and 3 s for 16.
 
     Raises:
         ValueError: If a number is out of range.
@@ -154,15 +170,21 @@ def plan(topology: Topology, size: float, compute: float | None = None, overlap:
     if topology.world_size == 1:
         raise ValueError("the topology has one rank, which has nobody to average with. HINT: give it all ranks.")
     network = Network(topology)
-    search = _Search(network, float(size), compute, overlap, seed)
+    search = _Search(network, float(size), compute, overlap, seed, thorough)
     alternatives = tuple(_alternatives(search))
     pairs = next(option for option in alternatives if option.name == BLIND_PAIRS)
     known = [option for option in alternatives if option.schedule is not None]
     most_error = MOST_ERROR * pairs.error + 1e-9
     options = [option for option in (*known, *search.fast(most_error)) if option.error <= most_error]
     fastest = min(option.seconds for option in options)
-    best = min((o for o in options if o.seconds <= SAME_TIME * fastest), key=lambda o: (round(o.error, 6), o.seconds))
+    best = min((option for option in options if option.seconds <= SAME_TIME * fastest), key=_rank)
     return Plan(topology, float(size), compute, overlap, best, alternatives)
+
+
+def _rank(option: Option) -> tuple[bool, float, float]:
+    """Of those that are as fast, the first in this order is the best: parts have more messages."""
+    assert option.schedule is not None
+    return schedule_parts(option.schedule) > 1, round(option.error, 6), option.seconds
 
 
 def _check_number(name: str, value: Any, least: float) -> None:
@@ -196,8 +218,10 @@ def _alternatives(search: _Search) -> Iterator[Option]:
 class _Search:
     """Schedules by budgets, and what they cost."""
 
-    def __init__(self, network: Network, size: float, compute: float | None, overlap: bool, seed: int) -> None:
-        self.network, self.size, self.overlap, self.seed = network, size, overlap, seed
+    def __init__(
+        self, network: Network, size: float, compute: float | None, overlap: bool, seed: int, thorough: bool
+    ) -> None:
+        self.network, self.size, self.overlap, self.seed, self.thorough = network, size, overlap, seed, thorough
         self.links = network.seconds_per_byte * size  # seconds of one model on each node's link
         self._fastest = float(self.links[np.unique(network.above[0])].min())
         self.computes = (0.0, self._fastest) if compute is None else (float(compute),)
@@ -207,7 +231,7 @@ class _Search:
         period = rounds(schedule)
         return Option(name, self._seconds(period), steady_error(period), schedule)
 
-    def _seconds(self, period: Sequence[Round], follow: bool = True) -> float:
+    def _seconds(self, period: Period, follow: bool = True) -> float:
         time = followed_step_seconds if follow and self._follows else step_seconds
         return mean(time(self.network, period, self.size, compute, self.overlap) for compute in self.computes)
 
@@ -225,7 +249,9 @@ class _Search:
         Few ranks are followed event by event: their times are hardly ever shorter than the recurrence's, so that what
         is slower by that than the fastest so far could not be the plan. With many ranks errors are what takes long.
         """
-        fastest, most = math.inf, _FOLLOWED if self.network.world_size <= _TRIED_RANKS else _FOLLOWED // 8
+        fastest = math.inf
+        most = _FOLLOWED if self.network.world_size <= _TRIED_RANKS else _FOLLOWED // 8
+        most = most if self.thorough else min(most, _FOLLOWED // 6)
         for seconds, name, period in sorted(self._candidates(), key=lambda candidate: candidate[0]):
             if seconds > SAME_TIME * fastest or most == 0:
                 return
@@ -234,25 +260,50 @@ class _Search:
             if self._follows:
                 seconds, most = self._seconds(period), most - 1
             fastest = min(fastest, seconds)
-            yield Option(name, seconds, error, CyclicSchedule([groups.partition() for groups in period]))
+            schedule = CyclicSchedule([groups.partition() for groups in period], period.parts)
+            yield Option(name, seconds, error, schedule)
 
-    def _candidates(self) -> Iterator[tuple[float, str, list[Round]]]:
+    def _candidates(self) -> Iterator[tuple[float, str, Period]]:
         """What budgets lead to: seconds per step by the recurrence, a name, and a period."""
         n = self.network.world_size
         budgets = self._budgets()
         tries = min(max(1, min(3200 // n, 400) // len(budgets)), _MOST_TRIES) if n <= _TRIED_RANKS else 1
+        tries = tries if self.thorough else 1
         # Those chosen by distance depend on what came before, and where the period is cut makes a difference.
         lengths = (4, 8, 12) if n <= _TRIED_RANKS else (8,)
         for (narrow, wide, every), seed in itertools.product(budgets, range(self.seed, self.seed + tries)):
-            chooser = _Chooser(self.network, seed)
-            allowed = [self._allowed(wide), *[self._allowed(narrow)] * (every - 1)]
             periods = sorted({-(-length // every) * every for length in lengths})
             settle = -(-sum(lengths) // every) * every if self._follows else 0
-            partitions = [chooser.partition(allowed[t % every]) for t in range(settle + periods[-1])][settle:]
-            name = "planned" if every == 1 else f"planned, wider every {every} steps"
-            for period in periods:
-                each = [Round.of(partition) for partition in _shortest(partitions[:period])]
-                yield self._seconds(each, follow=False), name, each
+            for allowed, only_in_parts in self._allowances(narrow, wide, every):
+                chooser = _Chooser(self.network, seed)
+                partitions = [chooser.partition(allowed[t % every]) for t in range(settle + periods[-1])][settle:]
+                each_round = [Round.of(partition) for partition in partitions]
+                for period in periods:
+                    each = Period(each_round[: len(_shortest(partitions[:period]))])
+                    seconds = self._seconds(each, follow=False)
+                    if not only_in_parts:
+                        yield seconds, "planned" if every == 1 else f"planned, wider every {every} steps", each
+                    if 1 < every <= _MOST_PARTS and seconds > SAME_TIME * self._least(each):
+                        in_parts = Period(each, every)
+                        if seconds > SAME_TIME * (shorter := self._seconds(in_parts, follow=False)):
+                            yield shorter, f"planned in {every} parts", in_parts
+
+    def _allowances(self, narrow: float, wide: float, every: int) -> Iterator[tuple[list[Floats], bool]]:
+        """What links carry at each step from one wide budget to the next, and whether that is of use in parts alone.
+
+        In parts the time of a step is not that of the wide budget, and links that carry a model within the narrow one
+        need no more.
+        """
+        narrowed, widened = self._allowed(narrow), self._allowed(wide)
+        yield [widened, *[narrowed] * (every - 1)], False
+        needed = np.where(narrowed >= 1, narrowed, widened)
+        if 1 < every <= _MOST_PARTS and (needed > narrowed).any() and (needed < widened).any():
+            yield [needed, *[narrowed] * (every - 1)], True
+
+    def _least(self, period: Period) -> float:
+        """Seconds per step that no way to go through a period is below: of its busiest link, and of computing."""
+        busy = float((self.network.traffic(*period) * self.links).max())
+        return mean(max(busy, compute) if self.overlap else busy + compute for compute in self.computes)
 
     def _allowed(self, budget: float) -> Floats:
         """Models that each node's link carries within a budget."""
@@ -304,6 +355,7 @@ class _Chooser:
         ways = [[int(node) for node in network.above[:, rank] if node >= 0] for rank in range(n)]
         self._alone = [_Group([rank], dict.fromkeys(way, 1)) for rank, way in enumerate(ways)]
         self._covariance: Floats = np.zeros((n, n) if self.by_distance else (0, 0))
+        self._pairs = np.triu_indices(n if self.by_distance else 0, 1)
         self._offered = [0] * n
         self._topology = network.topology
         self._number = {node: i for i, node in enumerate(network.nodes)}
@@ -322,7 +374,7 @@ class _Chooser:
         return groups.partition()
 
     def _farthest_first(self) -> list[tuple[int, int]]:
-        one, other = np.triu_indices(len(self._alone), 1)
+        one, other = self._pairs
         own = np.diag(self._covariance)
         # Rounded, because sums that should be equal differ in the last digits, and then by lot.
         apart = np.round(own[one] + own[other] - 2 * self._covariance[one, other], 6)
@@ -370,16 +422,16 @@ class _Chooser:
 
 
 class _Group:
-    """Members, and how many of them are below each node."""
+    """Members, how many of them are below each node, and the models on the nodes' links per direction."""
 
     def __init__(self, members: list[int], below: dict[int, int]) -> None:
         self.members, self.below = members, below
-        self.share = 2 / len(members) if len(members) > 2 else 1.0
+        self.traffic = {node: _models(k, len(members)) for node, k in below.items()}
 
-    def traffic(self, node: int) -> float:
-        """Models on the node's link per direction, as in cost.py."""
-        k = self.below.get(node, 0)
-        return k * (len(self.members) - k) * self.share
+
+def _models(below: int, members: int) -> float:
+    """That a group puts on the link of a node with so many of its members below, as in cost.py."""
+    return below * (members - below) * (2 / members if members > 2 else 1.0)
 
 
 class _Groups:
@@ -392,17 +444,17 @@ class _Groups:
     def merge(self, one: int, other: int) -> bool:
         """Make the groups of two ranks one, if the links allow it."""
         mine, theirs = self._of[one], self._of[other]
-        if mine is theirs or len(mine.members) + len(theirs.members) > LARGEST_GROUP:
+        size = len(mine.members) + len(theirs.members)
+        if mine is theirs or size > LARGEST_GROUP:
             return False
-        both = _Group(mine.members + theirs.members, dict(mine.below))
-        for node, k in theirs.below.items():
-            both.below[node] = both.below.get(node, 0) + k
-        traffic = {}
-        for node in both.below:
-            before = mine.traffic(node) + theirs.traffic(node)
-            traffic[node] = self._traffic[node] - before + both.traffic(node)
+        traffic, below = {}, {}
+        for node in {**mine.below, **theirs.below}:
+            below[node] = mine.below.get(node, 0) + theirs.below.get(node, 0)
+            before = mine.traffic.get(node, 0.0) + theirs.traffic.get(node, 0.0)
+            traffic[node] = self._traffic[node] - before + _models(below[node], size)
             if traffic[node] > max(self._allowed[node], self._traffic[node]):
                 return False
+        both = _Group(mine.members + theirs.members, below)
         for node, models in traffic.items():
             self._traffic[node] = models
         for rank in both.members:

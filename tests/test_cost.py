@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ds_lightning import cost
-from ds_lightning.cost import Network, Round, ddp_step_seconds, rounds, steady_error, step_seconds
+from ds_lightning.cost import Network, Period, Round, ddp_step_seconds, rounds, steady_error, step_seconds
 from ds_lightning.schedule import CyclicSchedule, GridSchedule, ShuffleSchedule, make_schedule, mixing_matrix
 from ds_lightning.topology import Link, Topology
 from tests.networks import flat, grouped, latency_of, loads, partitions, racks, recurrence, schedules, seconds_of, trees
@@ -160,12 +160,12 @@ def test_the_rhythm_is_that_of_long_runs(topology, compute, overlap):
 
 def test_compute_is_hidden_or_not():
     topology = flat(10, 10)
-    network, period, pair = Network(topology), [Round.of(((0, 1),))], second(topology)
+    network, period, pair = Network(topology), Period([Round.of(((0, 1),))]), second(topology)
     assert step_seconds(network, period, MODEL) == pytest.approx(pair)
     assert step_seconds(network, period, MODEL, 0.5 * pair) == pytest.approx(pair)
     assert step_seconds(network, period, MODEL, 3 * pair) == pytest.approx(3 * pair)
     assert step_seconds(network, period, MODEL, 3 * pair, overlap=False) == pytest.approx(4 * pair)
-    alone = [Round.of(((0,), (1,)))]
+    alone = Period([Round.of(((0,), (1,)))])
     assert step_seconds(network, alone, MODEL, 2.0) == step_seconds(network, alone, MODEL, 2.0, False) == 2
     assert step_seconds(network, alone, MODEL) == 0
 
