@@ -31,12 +31,12 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-import torch.distributed as dist
+from torch.distributed.distributed_c10d import Store
 
 from ds_lightning.cost import Floats, Network, Round, rounds
 from ds_lightning.groups import name_timeout
 from ds_lightning.payload import Arrivals
-from ds_lightning.planner import Plan, plan
+from ds_lightning.planner import PRESENT, Plan, plan
 from ds_lightning.schedule import CyclicSchedule, Schedule, schedule_parts
 from ds_lightning.topology import Link, Topology
 
@@ -185,7 +185,9 @@ class Watch:
         """The topology with what is left of its links."""
         full = self._network.topology
         left = dict(zip(self._network.nodes, self.shares.tolist(), strict=True))
-        links = {node: Link(link.up * left[node], link.down * left[node], link.latency) for node, link in full.links.items()}
+        links = {
+            node: Link(link.up * left[node], link.down * left[node], link.latency) for node, link in full.links.items()
+        }
         return replace(full, links=links)
 
     def slow(self) -> str:
@@ -287,7 +289,9 @@ class Leader:
         computes = [report["compute"] for report in reports if report["compute"] is not None]
         compute = median(computes) if len(computes) == len(reports) else None
         changed = self._watch.judge()
-        if compute is not None and (self._compute is None or not 1 / MARGIN < compute / max(self._compute, 1e-9) < MARGIN):
+        if compute is not None and (
+            self._compute is None or not 1 / MARGIN < compute / max(self._compute, 1e-9) < MARGIN
+        ):
             changed, self._compute = True, compute
         if changed:
             self._stale = True
@@ -326,7 +330,7 @@ class Leader:
         threading.Thread(target=run, name="dssync: planning", daemon=True).start()
 
     def _consider(self, found: Plan, slow: str, now: float) -> None:
-        present = next(option for option in found.alternatives if option.schedule is self._schedule)
+        present = next(option for option in found.alternatives if option.name == PRESENT)
         if present.seconds < GAIN * found.best.seconds:
             return
         best = found.schedule
@@ -355,7 +359,7 @@ class Adapting:
     """
 
     def __init__(
-        self, store: dist.Store, rank: int, ranks: int, round_: int, leader: Leader | None, timeout: timedelta | None
+        self, store: Store, rank: int, ranks: int, round_: int, leader: Leader | None, timeout: timedelta | None
     ) -> None:
         self._store, self._rank, self._ranks, self._leader, self._timeout = store, rank, ranks, leader, timeout
         self._pace = _PACE + _PACE_OF_A_RANK * ranks
@@ -473,8 +477,8 @@ class Adapting:
         leader.hear([json.loads(report) for report in told], self._pace, time.monotonic())
         if leader.word.version in leader.changes:
             change = leader.changes.pop(leader.word.version)
-            content = {"partitions": [change.schedule.partition(t) for t in range(change.schedule.period)]}
-            content |= {"parts": change.schedule.parts, "why": change.why}
+            partitions = [change.schedule.partition(t) for t in range(change.schedule.period)]
+            content = {"partitions": partitions, "parts": change.schedule.parts, "why": change.why}
             self._store.set(f"plan {leader.word.version}", json.dumps(content))
         self._store.set("word", json.dumps(asdict(leader.word)))
 

@@ -29,7 +29,9 @@ class ConsensusMonitor(Callback):
     * ``dssync/seconds_waiting``: seconds per step in which a rank could do nothing but wait for an average;
     * ``dssync/seconds_running``: seconds per step in which an average was under way, waited for or not;
     * ``dssync/hidden_share``: the share of the latter that compute hid;
-    * ``dssync/bytes_sent``: bytes that a rank sent per step.
+    * ``dssync/bytes_sent``: bytes that a rank sent per step;
+    * ``dssync/plan`` and ``dssync/slowest_link``, where plans adapt: how often the plan has changed, and the smallest
+      share of its bandwidth that any link is thought to have left.
 
     Loggers write the latest values at each of the Trainer's ``log_every_n_steps``.
 
@@ -103,6 +105,9 @@ class ConsensusMonitor(Callback):
                 "dssync/bytes_sent": sent,
             }
         )
+        if strategy.adapting is not None:
+            plan, slowest = float(strategy.adapting.version), strategy.adapting.slowest
+            pl_module.log_dict({"dssync/plan": plan, "dssync/slowest_link": slowest})
         relative = distance / norm if norm else 0.0
         pl_module.log("dssync/relative_consensus_distance", relative, prog_bar=self.prog_bar)
 

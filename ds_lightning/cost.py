@@ -286,9 +286,7 @@ def averaged(parts: Sequence[Round], seconds: Sequence[Floats], ready: Floats) -
     return np.maximum.reduce(ends)
 
 
-def step_seconds(
-    network: Network, schedule: Period, size: float, compute: float = 0.0, overlap: bool = True
-) -> float:
+def step_seconds(network: Network, schedule: Period, size: float, compute: float = 0.0, overlap: bool = True) -> float:
     """Mean seconds per step over all ranks, once the rhythm of a schedule has settled.
 
     Args:

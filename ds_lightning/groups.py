@@ -74,6 +74,7 @@ class ScheduledGroups:
                 )
         require_agreement("the schedule's partitions", table if parts == 1 else (parts, table), error)
         self.hosts = gather_hosts() if hosts is None else hosts
+        self.look: tuple[int, int] | None = None  # a round, and the partition that it averages all parts in
         self._made: dict[Group, dist.ProcessGroup | None] = {}  # None: this rank is no member
         self.change(schedule)
 
@@ -85,6 +86,7 @@ class ScheduledGroups:
         Args:
             schedule: A valid one, the same on all ranks.
         """
+        self.look = None
         self.schedule, self.period, self.parts = schedule, schedule_period(schedule), schedule_parts(schedule)
         # Every rank makes every group, in the order of steps: `new_group` is collective over all ranks. (Its local mode
         # names groups by a count that differs between ranks as soon as one of them belongs to fewer groups, and hangs.)
@@ -113,6 +115,8 @@ class ScheduledGroups:
             round_: Synchronizations before this one.
             part: Of the parameters, where the schedule has several.
         """
+        if self.look is not None and self.look[0] == round_:
+            return self._groups[self.look[1]]
         return self._groups[(round_ + part) % self.period]
 
     @property

@@ -108,7 +108,9 @@ class Payload:
                 self._done.append(lane.run(trip.arrive))
         self._done += [lane.run(trip.arrive) for trip in trips[len(self._done) :]]
         self.bytes_sent = route.layout.bytes_sent
-        self.arrivals = Arrivals(self._done[0], self._done[-1], route.layout.after_first) if len(trips) > 1 else None
+        self.arrivals = None
+        if len(trips) > 1:
+            self.arrivals = Arrivals(self._done[0], self._done[-1], route.layout.after_first, route.layout.size)
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -156,6 +158,7 @@ class Arrivals:
     first: Result
     last: Result
     share: float  # of the values, that came after the first bucket
+    size: int  # of all of them, in bytes as they are sent
 
     def seconds(self) -> float | None:
         """What all buckets take, at the pace of those after the first; None if that is not known yet."""
@@ -287,6 +290,7 @@ class _Layout:
         # The lane averages shards while the caller packs and applies: it has scratch of its own.
         lanes_scratch = [room.values(f"lane's scratch {i}", tile if shards > 1 else 0) for i in range(2)]
         self.bytes_sent = sum(row_bytes) * (1 if shards == 1 else 2 * others)
+        self.size = shards * sum(row_bytes)
         self.after_first = 1 - lengths[0] / sum(lengths)
         self.buckets: list[_Bucket] = []
         for i, (n, nbytes) in enumerate(zip(lengths, row_bytes, strict=True)):

@@ -38,6 +38,7 @@ from torch.nn import Module, SyncBatchNorm
 from torch.optim import LBFGS, Optimizer
 from typing_extensions import override
 
+from ds_lightning.adapting import Adapting, Leader
 from ds_lightning.checkpoint import AtomicCheckpointIO, require_resumable, resume
 from ds_lightning.consensus import broadcast_from_rank_0, consensus_of, consensus_of_optimizer_state
 from ds_lightning.groups import (
@@ -75,6 +76,7 @@ from ds_lightning.schedule import (
     consensus_rate,
     make_schedule,
     positive_int,
+    schedule_parts,
     schedule_period,
 )
 from ds_lightning.synchronizer import SPARSE_GRADIENTS, DSSynchronizer, Statistics, check_state_names
@@ -118,6 +120,9 @@ class DSSyncStrategy(DDPStrategy):
             states. A second moment changes within about 1,000 steps, so that one period in 8 should serve it, for an
             eighth of the bytes.
         seed: Seed of random schedules; the same on all ranks.
+        adapt: With ``schedule="topology"``: measure links and compute while training, and change to another plan where
+            they are no longer what it was made for, see :mod:`ds_lightning.adapting`. ``False`` keeps the first plan,
+            so that a run can be repeated exactly.
         save_replicas: When a signal stops a run, save every rank's own replica beside the checkpoint, so that the
             resumed run equals the undisturbed one bit for bit: as much disk as N checkpoints, until the next stop.
         **ddp_kwargs: What :class:`~lightning.pytorch.strategies.DDPStrategy` takes besides: ``start_method``,
@@ -142,6 +147,7 @@ class DSSyncStrategy(DDPStrategy):
         average_optimizer_state: Sequence[str] = (),
         optimizer_state_every: int = 1,
         seed: int = 0,
+        adapt: bool = True,
         save_replicas: bool = False,
         **ddp_kwargs: Any,
     ) -> None:
@@ -162,10 +168,15 @@ class DSSyncStrategy(DDPStrategy):
         self.average_optimizer_state = check_state_names(average_optimizer_state)
         self.optimizer_state_every = positive_int("optimizer_state_every", optimizer_state_every)
         self.seed = as_int("seed", seed)
+        self.adapt = check_bool("adapt", adapt)
         self.save_replicas = check_bool("save_replicas", save_replicas)
         self.synchronizers: list[DSSynchronizer] = []
         self._groups: ScheduledGroups | None = None
         self._attendance: Attendance | None = None
+        self._first_schedule = ""  # its description; plans that adapt leave it
+        self._leader: Leader | None = None  # of plans that adapt; on rank 0
+        self.adapting: Adapting | None = None  # while fitting
+        self._begun: int | None = None  # the round that it was asked for
         self._took: dict[str, float] = {}  # seconds of start-up
         self._positions: list[dict[str, int]] = []  # in the schedule, per optimizer: of a checkpoint or an earlier fit
         self._no_loss = False
@@ -262,6 +273,7 @@ class DSSyncStrategy(DDPStrategy):
                 if self._groups is None:
                     schedule = self._make_schedule(self._attendance.hosts)
                     self._groups = ScheduledGroups(schedule, self._timeout, self._attendance.hosts)
+                    self._first_schedule = repr(schedule)
             if self._signals is not None:
                 self._signals.start(self._timeout or default_pg_timeout)
         if first:
@@ -314,6 +326,7 @@ class DSSyncStrategy(DDPStrategy):
             "average_gradients": self.average_gradients,
             "average_optimizer_state": self.average_optimizer_state,
             "optimizer_state_every": self.optimizer_state_every,
+            "adapt": self.adapt,
             "save_replicas": self.save_replicas,
         }
 
@@ -324,6 +337,8 @@ class DSSyncStrategy(DDPStrategy):
             schedule = make_schedule(self.schedule, self.world_size, self.group_size, self.seed, hosts)
         if (schedule is self.schedule or self.schedule == "topology") and self.group_size != "auto":
             rank_zero_warn(f"dssync: group_size={self.group_size} has no effect: {schedule!r} decides.")
+        if not self.adapt and self.schedule != "topology":
+            rank_zero_warn(f"dssync: adapt=False has no effect: {schedule!r} never changes.")
         if self.seed and self.schedule not in ("auto", "shuffle", "topology"):
             rank_zero_warn(f"dssync: seed={self.seed} has no effect: {schedule!r} draws nothing.")
         if self.schedule == "grid" and isinstance(schedule, GridSchedule) and not schedule.is_near:
@@ -353,12 +368,14 @@ class DSSyncStrategy(DDPStrategy):
             except ValueError as error:
                 return json.dumps(str(error))
             rank_zero_info(f"dssync: {found.verdict}")
-            return json.dumps([found.schedule.partition(t) for t in range(schedule_period(found.schedule))])
+            self._leader = Leader(found, self.seed)
+            period = range(schedule_period(found.schedule))
+            return json.dumps([[found.schedule.partition(t) for t in period], schedule_parts(found.schedule)])
 
         answer = json.loads(exchange("", conclude))
         if isinstance(answer, str):
             raise ValueError(answer)
-        return CyclicSchedule(answer)
+        return CyclicSchedule(*answer)
 
     def _synchronizer(self, optimizer: Optimizer) -> DSSynchronizer:
         """The synchronizer of an optimizer, made at its first step (a callback may replace optimizers at any time)."""
@@ -413,6 +430,7 @@ class DSSyncStrategy(DDPStrategy):
             # Resumed after an epoch's last batch: a new epoch begins, which Lightning would not count as begun. A
             # checkpoint at its own end would then be resumed with the epoch that it ends.
             loop.reset_restart_stage()
+        self._follow_the_network()
         if self._groups is None or loop._combined_loader is None:
             return
         batches = [loop.max_batches] * self.world_size
@@ -430,12 +448,59 @@ class DSSyncStrategy(DDPStrategy):
         loop._combined_loader = None
         loop.setup_data()
 
+    # ---- plans that adapt -------------------------------------------------------------------------------------------
+
+    def _follow_the_network(self) -> None:
+        self._stop_following()
+        if self._groups is None or self.schedule != "topology" or not self.adapt or not self.optimizers:
+            return
+        limit = self._timeout or default_pg_timeout
+        store = own_store(f"adapting {next(_ATTENDANCES)}", limit)
+        first = self.synchronizers_in_order()[0]
+        self._begun, self.timed = None, True
+        for synchronizer in self.synchronizers:
+            synchronizer.timed = True
+        self.adapting = Adapting(store, self.global_rank, self.world_size, first.round, self._leader, limit)
+
+    def _stop_following(self) -> None:
+        if self.adapting is not None:
+            self.adapting.stop()
+        self.adapting = None
+
+    def _before_round(self) -> None:
+        """Between two rounds of all optimizers, which is at the same point of the program on all ranks."""
+        if self.adapting is None or not all(s.between for s in self.synchronizers_in_order()):
+            return
+        first = self.synchronizers_in_order()[0]
+        if first.round == self._begun:
+            return
+        assert self._groups is not None
+        self._begun = first.round
+        waited = sum(s.seconds_waited() for s in self.synchronizers)
+        self.adapting.passed(first.round, waited, first.arrivals)
+        change, look = self.adapting.at(first.round)
+        if change is not None:
+            with self._taking_time("change"), self._meeting("to change the schedule"):
+                self._groups.change(change.schedule)
+            for synchronizer in self.synchronizers:
+                synchronizer.regroup()
+            self.adapting.changed(self._took["change"])
+            assert self.lightning_module is not None
+            rank_zero_info(
+                f"dssync: from step {self.lightning_module.trainer.global_step} on with"
+                f" {_describe(change.schedule, change.schedule.period)}: {change.why}. Changing took"
+                f" {self._took['change']:.1f} s."
+            )
+        self._groups.look = None if look is None else (first.round, look)
+
     # ---- training ---------------------------------------------------------------------------------------------------
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         assert self.lightning_module is not None
         automatic = self._groups is not None and self.lightning_module.automatic_optimization
+        if not self._stepping:
+            self._before_round()
         if self._groups is not None and self.overlap and not self._stepping:
             # With gradient accumulation the average has all micro-batches of the step to hide in. Of several optimizers
             # (manual optimization) one may step later: until then nothing else changes its parameters.
@@ -470,6 +535,7 @@ class DSSyncStrategy(DDPStrategy):
     ) -> Any:
         if self._groups is None:
             return super().optimizer_step(optimizer, closure, model, **kwargs)
+        self._before_round()
         synchronizer = self._synchronizer(optimizer)
         after_first_closure: list[Callable[[], None]] = []
         if self.average_gradients:
@@ -518,6 +584,7 @@ class DSSyncStrategy(DDPStrategy):
     def on_exception(self, exception: BaseException) -> None:
         for synchronizer in self.synchronizers:
             synchronizer.discard()
+        self._stop_following()
         super().on_exception(exception)
 
     # ---- where all ranks meet ---------------------------------------------------------------------------------------
@@ -559,7 +626,10 @@ class DSSyncStrategy(DDPStrategy):
     @override
     def on_train_end(self) -> None:
         super().on_train_end()
+        if not self.is_global_zero:  # which goes on to answer the others
+            self._stop_following()
         self.consensus()
+        self._stop_following()
 
     def consensus(self) -> None:
         """Make every replica the exact global average of parameters and float buffers. Collective over all ranks.
@@ -623,7 +693,7 @@ class DSSyncStrategy(DDPStrategy):
         if self._groups is not None:
             checkpoint[CHECKPOINT_KEY] = {
                 "world_size": self.world_size,
-                "schedule": repr(self._groups.schedule),
+                "schedule": self._first_schedule,
                 "positions": self._positions_now(),
                 "replicas": self._mark,
             }
@@ -636,7 +706,7 @@ class DSSyncStrategy(DDPStrategy):
         if saved is None:
             return
         self._positions, self.synchronizers = list(saved["positions"]), []
-        now = "nothing to synchronize" if self._groups is None else repr(self._groups.schedule)
+        now = "nothing to synchronize" if self._groups is None else self._first_schedule
         if (saved["world_size"], saved["schedule"]) != (self.world_size, now):
             rank_zero_info(
                 f"dssync: resuming a checkpoint of {saved['world_size']} ranks with {saved['schedule']} on"

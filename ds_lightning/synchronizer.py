@@ -251,13 +251,16 @@ class DSSynchronizer:
     def _finish(self) -> None:
         """Of what is under way."""
         running, self._running = self._running, []
+        largest: dict[int, Arrivals] = {}  # of each part
         for part, average, then in running:
             self._or_explain(average.finish)
             self._bytes_sent += average.bytes_sent
-            if isinstance(average, Payload) and average.arrivals is not None:
-                self.arrivals.append((self.round, part, average.arrivals))
+            arrivals = average.arrivals if isinstance(average, Payload) else None
+            if arrivals is not None and (part not in largest or largest[part].size < arrivals.size):
+                largest[part] = arrivals
             if then is not None:
                 then()
+        self.arrivals += [(self.round, part, arrivals) for part, arrivals in largest.items()]
         if self._clock is not None:
             self._clocks.append(self._clock)
             self._clock = None
@@ -441,7 +444,6 @@ class DSSynchronizer:
         """What it cost so far. Reading it waits for the running collectives on CUDA."""
         self._read_clocks(wait=True)
         return Statistics(self._synchronizations, self._bytes_sent, self._seconds_waiting, self._seconds_running)
-
 
     def seconds_waited(self) -> float:
         """Of averages that have ended, while ``timed`` is set; does not wait for others."""

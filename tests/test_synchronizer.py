@@ -118,7 +118,7 @@ def change_amid(rank, before, after, overlap):
             held.append(set(groups.members))
             assert all(groups.members[m] is kept[m] for m in held[0] & held[1])
             for members in held[0] - held[1]:
-                with pytest.raises(ValueError, match="not registered|not initialized|[Ii]nvalid"):
+                with pytest.raises(ValueError, match=r"not registered|not initialized|[Ii]nvalid"):
                     dist.get_backend(kept[members])
         if overlap:
             sync.start()
