@@ -3,7 +3,7 @@
 **Measuring.** A rank knows when the first and when the last bucket of an average arrived: between them nobody waited
 for a member to begin, so that only the links decide how long that takes.
 
-**Judging.** Ranks put these times into the key-value store about twice a second, from a thread of their own. Rank 0
+**Judging.** Ranks put these times into the key-value store a few times a second, from a thread of their own. Rank 0
 compares them with what the cost model says (cost.py) and keeps a *share* for every link: what is left of the bandwidth
 that the topology states. A share falls where averages over the link took :data:`MARGIN` times as long as they should,
 and the fewest links that explain all slow averages are blamed. It rises again, at most to 1, where averages were
@@ -22,7 +22,7 @@ import json
 import math
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field, replace
@@ -49,9 +49,9 @@ GAIN = 1.15
 # A change may come only after so many times the seconds that the one before it took: a tenth of the time at most.
 PAUSE = 10
 # So it is with rounds that look whether a link has recovered, but these are of no use if it has not.
-LOOK = 40
+LOOK = 20
 # Seconds between looks into the store: for few ranks, and more for each of them.
-_PACE, _PACE_OF_A_RANK = 0.5, 0.002
+_PACE, _PACE_OF_A_RANK = 0.25, 0.002
 # Rounds are allowed so many of these ahead, at first a fixed number of rounds.
 _AHEAD, _FIRST_ROUNDS = 6, 16
 # While a rank waits to be allowed a round.
@@ -105,20 +105,21 @@ class Watch:
         self._period = rounds(schedule)
         self._traffic = [self._network.traffic(groups) for groups in self._period]
         self._looks: dict[int, int] = {}  # rounds that average all parts in one partition
-        self._incomplete: dict[tuple[int, int, int], dict[int, float]] = {}  # round, part, group: seconds by rank
+        # Round, part, group: by rank seconds per byte, and whose messages came last.
+        self._incomplete: dict[tuple[int, int, int], dict[int, tuple[float, int | None]]] = {}
         self._averages: deque[_Average] = deque(maxlen=LATEST * 2 * self._network.world_size)
 
     def look(self, round_: int, partition: int) -> None:
         """That round averages all parts in this partition."""
         self._looks = {round_: partition}
 
-    def take(self, rank: int, round_: int, part: int, seconds_per_byte: float) -> None:
-        """What an average of a part took a rank, per byte of it."""
+    def take(self, rank: int, round_: int, part: int, seconds_per_byte: float, last: int | None = None) -> None:
+        """What an average of a part took a rank, per byte of it, and whose messages came last."""
         partition = self._looks.get(round_, (round_ + part) % len(self._period))
         groups = self._period[partition]
         group = int(groups.group_of[rank])
         came = self._incomplete.setdefault((round_, part, group), {})
-        came[rank] = seconds_per_byte
+        came[rank] = seconds_per_byte, last
         if len(came) < groups.sizes[group]:
             return
         del self._incomplete[round_, part, group]
@@ -126,8 +127,16 @@ class Watch:
         links = [node for node, models in enumerate(self._network.traffic(_alone(groups, members))) if models]
         if links:
             together = self._of_step(round_)
-            seconds = max(came.values()) * self._size / self._parts
-            self._averages.append(_Average(round_, seconds, {node: float(together[node]) for node in links}))
+            seconds = max(took for took, _ in came.values()) * self._size / self._parts
+            lasts = [
+                int(node)
+                for _, late in came.values()
+                if late is not None
+                for node in self._network.above[:, late]
+                if node >= 0
+            ]
+            traffic = {node: float(together[node]) for node in links}
+            self._averages.append(_Average(round_, seconds, traffic, Counter(lasts)))
         for key in [key for key in self._incomplete if key[0] < round_ - 4 * len(self._period)]:
             del self._incomplete[key]
 
@@ -157,20 +166,24 @@ class Watch:
             slower = {node: sorted(map(self._slower, averages))[1] for node, averages in enough.items()}
             blamed = max(
                 (node for node in enough if slower[node] > MARGIN),
-                key=lambda node: (sum(self._slower(a) > MARGIN for a in self._over(node)), slower[node]),
+                key=lambda node: (*self._explains(node), slower[node]),
                 default=None,
             )
             if blamed is None:
                 break
-            self.shares[blamed] /= slower[blamed]
+            # By how much, those say that began when it was slow already.
+            self.shares[blamed] /= sorted(map(self._slower, enough[blamed]))[LATEST // 2]
             del enough[blamed]
         changed = np.abs(np.log(self.shares / before)) > 1e-9
         if changed.any():
             self._averages.clear()
         return bool(changed.any())
 
-    def _over(self, node: int) -> list[_Average]:
-        return [average for average in self._averages if node in average.traffic]
+    def _explains(self, node: int) -> tuple[int, int, int]:
+        """Slow averages over a link, how often members behind it came last, and how few ranks it could be instead."""
+        slow = [a for a in self._averages if node in a.traffic and self._slower(a) > MARGIN]
+        behind = int((self._network.above == node).sum())
+        return len(slow), sum(average.lasts[node] for average in slow), -behind
 
     def _needs(self, average: _Average) -> dict[int, float]:
         """Seconds that each link needs for what a step puts on it."""
@@ -217,6 +230,7 @@ class _Average:
     round: int
     seconds: float
     traffic: dict[int, float]  # models that its step puts on each of its links
+    lasts: Counter[int]  # how many members waited longest for one behind the link
 
 
 def _alone(groups: Round, members: Sequence[int]) -> Round:
@@ -364,7 +378,7 @@ class Adapting:
         self._store, self._rank, self._ranks, self._leader, self._timeout = store, rank, ranks, leader, timeout
         self._pace = _PACE + _PACE_OF_A_RANK * ranks
         self.version = 0 if leader is None else leader.word.version
-        self._samples: deque[tuple[int, int, float]] = deque(maxlen=64)
+        self._samples: deque[tuple[int, int, float, int | None]] = deque(maxlen=64)
         self._computes: deque[float] = deque(maxlen=16)
         self._last: tuple[int, float, float] | None = None
         self._round, self._took = round_, 0.0
@@ -394,7 +408,7 @@ class Adapting:
             self._last, self._round = (round_, now, waited), round_
             while arrivals and (seconds := arrivals[0][2].seconds()) is not None:
                 at, part, came = arrivals.popleft()
-                self._samples.append((at, part, seconds / came.size))
+                self._samples.append((at, part, seconds / came.size, came.last_member))
 
     def at(self, round_: int) -> tuple[Change | None, int | None]:
         """The change to make before a round, and the partition that it averages all parts in, if it is to look.

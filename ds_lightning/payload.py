@@ -15,6 +15,7 @@ a ring all-reduce in the wire's dtype: 2 (g - 1) / g of the values.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -90,7 +91,9 @@ class Payload:
             torch._foreach_copy_(self._stand_ins, self._gappy)
         route.layout.padding.zero_()  # a NaN in its block of an 8-bit wire must not stay
         legs = zip_longest(route.layout.buckets, route.first, route.second)
-        trips = [_Trip(bucket, first, second, lane.groups_messages) for bucket, first, second in legs]
+        waits: dict[int, float] = {}
+        trips = [_Trip(bucket, first, second, lane.groups_messages, waits) for bucket, first, second in legs]
+        trips[0].waits = {}  # for members that began later
         for trip in trips:
             lane.run(trip.receive)
         for bucket, trip in zip(route.layout.buckets, trips, strict=True):
@@ -110,7 +113,7 @@ class Payload:
         self.bytes_sent = route.layout.bytes_sent
         self.arrivals = None
         if len(trips) > 1:
-            self.arrivals = Arrivals(self._done[0], self._done[-1], route.layout.after_first, route.layout.size)
+            self.arrivals = Arrivals(self._done[0], self._done[-1], route.layout.after_first, route.layout.size, waits)
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -159,6 +162,12 @@ class Arrivals:
     last: Result
     share: float  # of the values, that came after the first bucket
     size: int  # of all of them, in bytes as they are sent
+    waits: dict[int, float]  # seconds that the lane waited for messages after the first bucket, by the other member
+
+    @property
+    def last_member(self) -> int | None:
+        """The other member whose messages came last; None where that is not known."""
+        return max(self.waits, key=self.waits.__getitem__, default=None)
 
     def seconds(self) -> float | None:
         """What all buckets take, at the pace of those after the first; None if that is not known yet."""
@@ -193,9 +202,18 @@ class _Trip:
     otherwise write down their end, which is often after its own.
     """
 
-    def __init__(self, bucket: _Bucket, first: _Messages, second: _Messages | None, grouped: bool) -> None:
+    def __init__(
+        self,
+        bucket: _Bucket,
+        first: _Messages,
+        second: _Messages | None,
+        grouped: bool,
+        waits: dict[int, float],
+    ) -> None:
         self._bucket, self._first, self._second, self._grouped = bucket, first, second, grouped
+        self.waits = waits
         self._works: list[dist.Work] = []
+        self._peers: list[int] = []
         self._error: BaseException | None = None
 
     def receive(self) -> None:
@@ -218,13 +236,14 @@ class _Trip:
             self._bucket.average_own_shard()
         except BaseException as error:
             self._error = error
-        self._works = []
+        self._works, self._peers = [], []
         self._post(self._second.received + self._second.sent)
 
     def _post(self, messages: list[dist.P2POp]) -> None:
         try:
             if self._error is None:
                 self._works += dist.batch_isend_irecv(messages)
+                self._peers += [message.peer for message in messages]
         except BaseException as error:
             self._error = error
 
@@ -236,8 +255,16 @@ class _Trip:
     def _wait(self) -> None:
         if self._error is not None:
             raise self._error
-        for work in self._works:
+        if self._grouped:  # into one work
+            for work in self._works:
+                work.wait()
+            return
+        begun = time.perf_counter()
+        for work, peer in zip(self._works, self._peers, strict=True):
             work.wait()
+            now = time.perf_counter()
+            self.waits[peer] = self.waits.get(peer, 0.0) + now - begun
+            begun = now
 
 
 class _Room:
