@@ -23,7 +23,7 @@ import math
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
@@ -42,8 +42,9 @@ from ds_lightning.topology import Link, Topology
 
 # Averages so many times slower (or faster) than planned for say that a link has changed: noise is below.
 MARGIN = 1.5
-# Of a link's latest averages so many are looked at, and all but one must agree (two, that it is faster).
-LATEST = 4
+# Of a link's latest averages so many are looked at, and all of so many seconds; three in four must agree that it is
+# slower (one in four, that it is faster).
+LATEST, SECONDS = 4, 1.0
 # A new plan's step must be so many times faster, or a change is not worth its while.
 GAIN = 1.15
 # A change may come only after so many times the seconds that the one before it took: a tenth of the time at most.
@@ -107,14 +108,18 @@ class Watch:
         self._looks: dict[int, int] = {}  # rounds that average all parts in one partition
         # Round, part, group: by rank seconds per byte, and whose messages came last.
         self._incomplete: dict[tuple[int, int, int], dict[int, tuple[float, int | None]]] = {}
-        self._averages: deque[_Average] = deque(maxlen=LATEST * 2 * self._network.world_size)
+        self._looked: list[_Average] = []
+        self._averages: deque[_Average] = deque(maxlen=4 * LATEST * self._network.world_size)
 
     def look(self, round_: int, partition: int) -> None:
         """That round averages all parts in this partition."""
         self._looks = {round_: partition}
+        self._looked.clear()
 
-    def take(self, rank: int, round_: int, part: int, seconds_per_byte: float, last: int | None = None) -> None:
-        """What an average of a part took a rank, per byte of it, and whose messages came last."""
+    def take(
+        self, now: float, rank: int, round_: int, part: int, seconds_per_byte: float, last: int | None = None
+    ) -> None:
+        """What an average of a part took a rank, per byte of it, and whose messages came last; told at ``now``."""
         partition = self._looks.get(round_, (round_ + part) % len(self._period))
         groups = self._period[partition]
         group = int(groups.group_of[rank])
@@ -136,7 +141,11 @@ class Watch:
                 if node >= 0
             ]
             traffic = {node: float(together[node]) for node in links}
-            self._averages.append(_Average(round_, seconds, traffic, Counter(lasts)))
+            told_by = sum(late is not None for _, late in came.values())
+            average = _Average(now, round_, seconds, traffic, Counter(lasts), told_by)
+            if round_ in self._looks:
+                self._looked.append(average)
+            self._averages.append(average)
         for key in [key for key in self._incomplete if key[0] < round_ - 4 * len(self._period)]:
             del self._incomplete[key]
 
@@ -154,36 +163,43 @@ class Watch:
         latest: dict[int, list[_Average]] = {}
         for average in sorted(self._averages, key=lambda a: -a.round):
             for node in average.traffic:
-                if len(latest.setdefault(node, [])) < LATEST:
-                    latest[node].append(average)
-        enough = {node: averages for node, averages in latest.items() if len(averages) == LATEST}
-        for node, averages in enough.items():
-            if self.shares[node] < 1:
-                faster = sorted(average.seconds / self._needs(average)[node] for average in averages)[1]
+                of_link = latest.setdefault(node, [])
+                if len(of_link) < LATEST or of_link[0].told - average.told < SECONDS:
+                    of_link.append(average)
+        enough = {
+            node: averages
+            for node, averages in latest.items()
+            if len(averages) >= LATEST and averages[0].told - averages[-1].told >= SECONDS
+        }
+        for node in np.flatnonzero(self.shares < 1).tolist():
+            looked = [average for average in self._looked if node in average.traffic]
+            if averages := looked or enough.get(node):
+                faster = _quarter(average.seconds / self._needs(average)[node] for average in averages)
                 if faster < 1 / MARGIN:
                     self.shares[node] = min(1.0, self.shares[node] / faster)
         while enough:
-            slower = {node: sorted(map(self._slower, averages))[1] for node, averages in enough.items()}
-            blamed = max(
-                (node for node in enough if slower[node] > MARGIN),
-                key=lambda node: (*self._explains(node), slower[node]),
-                default=None,
-            )
-            if blamed is None:
+            suspects = [node for node, averages in enough.items() if _quarter(map(self._slower, averages)) > MARGIN]
+            if not suspects:
                 break
+            blamed = max(suspects, key=self._explains)
             # By how much, those say that began when it was slow already.
-            self.shares[blamed] /= sorted(map(self._slower, enough[blamed]))[LATEST // 2]
-            del enough[blamed]
+            self.shares[blamed] /= median(map(self._slower, enough.pop(blamed)))
         changed = np.abs(np.log(self.shares / before)) > 1e-9
         if changed.any():
             self._averages.clear()
+            self._looked.clear()
         return bool(changed.any())
 
-    def _explains(self, node: int) -> tuple[int, int, int]:
-        """Slow averages over a link, how often members behind it came last, and how few ranks it could be instead."""
+    def _explains(self, node: int) -> tuple[int, bool, int, int]:
+        """How well a link explains what is slow: by the number of slow averages over it, then by who came last there.
+
+        Of links behind each other the one with fewer ranks behind it, if most say that it was one of these.
+        """
         slow = [a for a in self._averages if node in a.traffic and self._slower(a) > MARGIN]
+        lasts = sum(average.lasts[node] for average in slow)
+        most = 2 * lasts > sum(average.told_by for average in slow)
         behind = int((self._network.above == node).sum())
-        return len(slow), sum(average.lasts[node] for average in slow), -behind
+        return len(slow), most, -behind if most else lasts, lasts
 
     def _needs(self, average: _Average) -> dict[int, float]:
         """Seconds that each link needs for what a step puts on it."""
@@ -227,10 +243,18 @@ class Watch:
 
 @dataclass(frozen=True)
 class _Average:
+    told: float
     round: int
     seconds: float
     traffic: dict[int, float]  # models that its step puts on each of its links
     lasts: Counter[int]  # how many members waited longest for one behind the link
+    told_by: int  # members that told for whom they waited
+
+
+def _quarter(values: Iterable[float]) -> float:
+    """What a quarter of the values lie below."""
+    ordered = sorted(values)
+    return ordered[len(ordered) // 4]
 
 
 def _alone(groups: Round, members: Sequence[int]) -> Round:
@@ -277,7 +301,7 @@ class Leader:
             if report["version"] == self.word.version:
                 for sample in report["samples"]:
                     if sample[0] >= self.word.since:
-                        self._watch.take(rank, *sample)
+                        self._watch.take(now, rank, *sample)
         farthest = max(report["round"] for report in reports)
         self._allow(farthest, pace, now)
         if self._changed is not None and all(report["version"] == self.word.version for report in reports):

@@ -113,7 +113,9 @@ class Payload:
         self.bytes_sent = route.layout.bytes_sent
         self.arrivals = None
         if len(trips) > 1:
-            self.arrivals = Arrivals(self._done[0], self._done[-1], route.layout.after_first, route.layout.size, waits)
+            # Of two stages the second begins when all of the first is on its way.
+            share = route.layout.after_first / (2 if route.second else 1)
+            self.arrivals = Arrivals(self._done[0], self._done[-1], share, route.layout.size, waits)
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -160,8 +162,8 @@ class Arrivals:
 
     first: Result
     last: Result
-    share: float  # of the values, that came after the first bucket
-    size: int  # of all of them, in bytes as they are sent
+    share: float  # of all messages, that came after the first bucket
+    size: int  # of all values, in bytes as they are sent
     waits: dict[int, float]  # seconds that the lane waited for messages after the first bucket, by the other member
 
     @property
