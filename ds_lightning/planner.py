@@ -158,8 +158,9 @@ def plan(
             those without any and those with what the fastest hosts need to swap models, which just hides pairs'.
         overlap: Whether averages run during them.
         seed: Of choices among equals.
-        thorough: Whether lots are drawn more than once. ``False``, to plan again while training: once, and few
-            schedules are followed event by event, which takes below 1 s for 8 ranks and 3 s for 16.
+        thorough: Whether to take seconds. ``False``, to plan again while training: fewer budgets, lots and
+            lengths of a period are tried, and few schedules are followed event by event, which takes below 1 s for 8
+            ranks and 3 s for 16.
 
     Raises:
         ValueError: If a number is out of range.
@@ -267,10 +268,10 @@ class _Search:
         """What budgets lead to: seconds per step by the recurrence, a name, and a period."""
         n = self.network.world_size
         budgets = self._budgets()
-        tries = min(max(1, min(3200 // n, 400) // len(budgets)), _MOST_TRIES) if n <= _TRIED_RANKS else 1
-        tries = tries if self.thorough else 1
+        drawn = min(3200 // n, 400) if self.thorough else 640 // n
+        tries = min(max(1, drawn // len(budgets)), _MOST_TRIES) if n <= _TRIED_RANKS else 1
         # Those chosen by distance depend on what came before, and where the period is cut makes a difference.
-        lengths = (4, 8, 12) if n <= _TRIED_RANKS else (8,)
+        lengths = ((4, 8, 12) if self.thorough else (4, 8)) if n <= _TRIED_RANKS else (8,)
         for (narrow, wide, every), seed in itertools.product(budgets, range(self.seed, self.seed + tries)):
             periods = sorted({-(-length // every) * every for length in lengths})
             settle = -(-sum(lengths) // every) * every if self._follows else 0
@@ -315,7 +316,8 @@ class _Search:
         factors: tuple[float, ...]
         everies: tuple[int, ...]
         if self.network.world_size <= _TRIED_RANKS:
-            kinds, factors, everies = 3, (1.0, 1.5, 2.0), (2, 3, 4, 8)  # of pairs, groups of 4, groups of any size
+            kinds, factors = 3, (1.0, 1.5, 2.0)  # of pairs, groups of 4, groups of any size
+            everies = (2, 3, 4, 8) if self.thorough else (2, 3, 4)
         elif self.network.world_size <= 1024:
             kinds, factors, everies = 3, (1.0, 2.0), (2, 3, 4)
         else:
