@@ -159,8 +159,8 @@ def plan(
         overlap: Whether averages run during them.
         seed: Of choices among equals.
         thorough: Whether to take seconds. ``False``, to plan again while training: fewer budgets, lots and
-            lengths of a period are tried, and few schedules are followed event by event, which takes below 1 s for 8
-            ranks and 3 s for 16.
+            lengths of a period are tried, and few schedules are followed event by event, for fewer steps. That takes
+            below 1 s for 8 ranks and 3 s for 16.
 
     Raises:
         ValueError: If a number is out of range.
@@ -233,8 +233,11 @@ class _Search:
         return Option(name, self._seconds(period), steady_error(period), schedule)
 
     def _seconds(self, period: Period, follow: bool = True) -> float:
-        time = followed_step_seconds if follow and self._follows else step_seconds
-        return mean(time(self.network, period, self.size, compute, self.overlap) for compute in self.computes)
+        network, size, overlap = self.network, self.size, self.overlap
+        if not follow or not self._follows:
+            return mean(step_seconds(network, period, size, compute, overlap) for compute in self.computes)
+        steps = (24, 48) if self.thorough else (12, 24)
+        return mean(followed_step_seconds(network, period, size, compute, overlap, steps) for compute in self.computes)
 
     def ddp_seconds(self, wire: float) -> float:
         """Of a step of DDP whose all-reduce takes so long."""
@@ -323,6 +326,8 @@ class _Search:
         else:
             kinds, factors, everies = 2, (1.0, 2.0), (2, 4)
         base = sorted({_rounded_up(seconds) for seconds in self.links if seconds >= self._fastest / 1.05})
+        if not self.thorough:  # the slowest of those that are nearly as fast stand for all
+            base = [b for b, slower in itertools.pairwise([*base, math.inf]) if slower > 1.25 * b]
         if len(base) > kinds:  # measured links are all different
             base = [base[round(i * (len(base) - 1) / (kinds - 1))] for i in range(kinds)]
         narrow = sorted({b * factor for b in base for factor in factors})
