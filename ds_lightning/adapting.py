@@ -10,8 +10,8 @@ and the fewest links that explain all slow averages are blamed. It rises again, 
 faster than the link could be with it. Where parameters travel in parts, other parts hide that a link has recovered:
 now and then one round averages all parts in the same groups, to look.
 
-**Changing.** Rank 0 plans anew (in another thread) when shares or the time of compute changed, and the new plan is
-taken if a step should be :data:`GAIN` times faster with it. All ranks change before the same round, without waiting
+**Changing.** Rank 0 plans anew (in another thread) when shares or the time of compute changed. The new plan is taken if
+a step should be :data:`GAIN` times faster with it, or no slower when all links are again as the topology states. All ranks change before the same round, without waiting
 for each other until then: rank 0 allows rounds some seconds ahead, nobody begins a round that is not allowed yet, and
 what is changed begins with the first of these.
 """
@@ -54,7 +54,7 @@ LOOK = 20
 # Seconds between looks into the store: for few ranks, and more for each of them.
 _PACE, _PACE_OF_A_RANK = 0.25, 0.002
 # Rounds are allowed so many of these ahead, at first a fixed number of rounds.
-_AHEAD, _FIRST_ROUNDS = 6, 16
+_AHEAD, _FIRST_ROUNDS = 4, 16
 # While a rank waits to be allowed a round.
 _HURRY = 0.02
 
@@ -345,6 +345,7 @@ class Leader:
             self._next_look = now + LOOK * seconds
 
     _stale = False  # whether what is known has changed since the latest plan
+    _full = True  # whether the present plan was made for links as the topology states them
 
     def _plan(self) -> None:
         self._planning = Future()
@@ -369,8 +370,10 @@ class Leader:
 
     def _consider(self, found: Plan, slow: str, now: float) -> None:
         present = next(option for option in found.alternatives if option.name == PRESENT)
-        if present.seconds < GAIN * found.best.seconds:
+        back = bool((self._watch.shares == 1).all())
+        if present.seconds < (1.0 if back and not self._full else GAIN) * found.best.seconds:
             return
+        self._full = back
         best = found.schedule
         assert isinstance(best, CyclicSchedule)
         version = self.word.version + 1

@@ -283,7 +283,8 @@ class Network:
 def averaged(parts: Sequence[Round], seconds: Sequence[Floats], ready: Floats) -> Floats:
     """When each rank has the last of its groups' averages, if ranks are ready for them at these times, shape (N,)."""
     ends = [(groups.latest(ready) + takes)[groups.group_of] for groups, takes in zip(parts, seconds, strict=True)]
-    return np.maximum.reduce(ends)
+    last: Floats = np.maximum.reduce(ends)
+    return last
 
 
 def step_seconds(network: Network, schedule: Period, size: float, compute: float = 0.0, overlap: bool = True) -> float:

@@ -100,6 +100,7 @@ class Run:
         self._groups: dict[tuple[int, int, int], _Group] = {}  # by step, part and number
         self._averaged: dict[tuple[int, int], list[float]] = {}  # by step and rank: when parts were, till all are
         self._under_way: list[_Transfer] = []
+        self._shared = False  # whether the links are, among those under way
         self._events: list[tuple[float, int, int]] = []  # time, step, rank: is ready for the step's average
 
     def ends(self, steps: int) -> Floats:
@@ -116,11 +117,14 @@ class Run:
                 period += (period + 1) * self._contention.period <= now  # rounding
                 change = (period + 1) * self._contention.period
                 capacity = (np.array(self._capacity) * self._contention.shares(period)).tolist()
+                self._shared = False
             while self._events and self._events[0][0] <= now:
                 _, step, rank = heapq.heappop(self._events)
                 for part in range(self._schedule.parts):
                     self._join(rank, step, part, now)
-            _share(self._under_way, capacity)
+            if not self._shared:
+                _share(self._under_way, capacity)
+                self._shared = True
             over = min((now + transfer.left / transfer.rate for transfer in self._under_way), default=np.inf)
             event = self._events[0][0] if self._events else np.inf
             time = min(over, event, change if self._under_way else np.inf)
@@ -161,10 +165,11 @@ class Run:
         links = sorted(set(self._ways[one]) ^ set(self._ways[other]))
         if links:
             group.transfers += 1
+            self._shared = False
             self._under_way.append(_Transfer(group, links, size))
 
     def _end_transfers(self, now: float) -> None:
-        under_way, self._under_way = self._under_way, []
+        under_way, self._under_way, self._shared = self._under_way, [], False
         over: list[_Transfer] = []
         for transfer in under_way:
             # Late in a run the clock may be too coarse for what rounding left.
@@ -192,32 +197,45 @@ class Run:
 
 
 def followed_step_seconds(
-    network: Network, schedule: Period, size: float, compute: float = 0.0, overlap: bool = True
+    network: Network,
+    schedule: Period,
+    size: float,
+    compute: float = 0.0,
+    overlap: bool = True,
+    steps: tuple[int, int] = (24, 48),
 ) -> float:
-    """As :func:`ds_lightning.cost.step_seconds`, from a run that is followed event by event."""
-    settling, measured = (-(-steps // len(schedule)) * len(schedule) for steps in (24, 48))
+    """As :func:`ds_lightning.cost.step_seconds`, from a run that is followed event by event.
+
+    Args:
+        network: Where it runs.
+        schedule: One period of it, with its parts.
+        size: Bytes of the model on the wire.
+        compute: Seconds of forward and backward.
+        overlap: Whether an average runs during them.
+        steps: In which the rhythm settles, and that are measured then; made up to whole periods.
+    """
+    settling, measured = (-(-number // len(schedule)) * len(schedule) for number in steps)
     ends = Run(network, schedule, size, compute, overlap).ends(settling + measured).mean(axis=1)
     return float(ends[-1] - ends[settling - 1]) / measured
 
 
 def _share(transfers: Iterable[_Transfer], capacity: Sequence[float]) -> None:
     """Max-min fair rates: the link that has least for each is shared out first."""
-    open_ = list(transfers)
-    left: dict[int, float] = {}
-    count: dict[int, int] = {}
-    for transfer in open_:
+    on: dict[int, list[_Transfer]] = {}
+    for transfer in transfers:
+        transfer.rate = -1.0  # open
         for link in transfer.links:
-            left.setdefault(link, capacity[link])
-            count[link] = count.get(link, 0) + 1
-    while open_:
-        rate, tight = min((left[link] / k, link) for link, k in count.items() if k)
-        rest = []
-        for transfer in open_:
-            if tight not in transfer.links:
-                rest.append(transfer)
+            on.setdefault(link, []).append(transfer)
+    left = {link: capacity[link] for link in on}
+    count = {link: len(those) for link, those in on.items()}
+    while count:
+        rate, tight = min((left[link] / k, link) for link, k in count.items())
+        for transfer in on[tight]:
+            if transfer.rate >= 0:
                 continue
             transfer.rate = rate
             for link in transfer.links:
                 left[link] = max(0.0, left[link] - rate)
                 count[link] -= 1
-        open_ = rest
+                if not count[link]:
+                    del count[link]

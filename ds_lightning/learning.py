@@ -7,7 +7,8 @@ arithmetic on the rows of each group::
     X <- W_t (X - lr U(X))      overlap=False
     X <- W_t X - lr U(X)        overlap=True
 
-No N x N matrix is built: of a partition only the members of its groups are kept, one index array per group size.
+No N x N matrix is built: of a partition only the members of its groups are kept, one index array per group size. Of a
+schedule in parts the columns of X are cut into that many, as equal as can be, each averaged in its own partition.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from ds_lightning.schedule import (
     check_schedule,
     make_schedule,
     positive_int,
+    schedule_parts,
     schedule_period,
 )
 from ds_lightning.shards import concentration, shards
@@ -192,6 +194,7 @@ def _train(
     codec = None if wire is None or wire == x.dtype else codec_for(wire)
     schedule = e.make_schedule()
     table = [index_arrays(schedule.partition(t)) for t in range(schedule_period(schedule))]
+    parts = schedule_parts(schedule)
     overlap = e.overlap and e.schedule not in BASELINES
     gradients = vmap(
         grad_and_value(lambda row, images, labels: F.cross_entropy(logits(row, images), labels)), randomness="different"
@@ -200,14 +203,15 @@ def _train(
     loss, square, last = 0.0, 0.0, 0  # since the last point
     for step, batch in enumerate(islice(batches(e, data.train_labels), e.steps)):
         round_, place = divmod(step, e.sync_every)
-        due, groups = place == e.sync_every - 1 and e.schedule != "bsp", table[round_ % len(table)]
+        due = place == e.sync_every - 1 and e.schedule != "bsp"
+        groups = [table[(round_ + part) % len(table)] for part in range(parts)]
         if overlap and place == 0:
-            pending = differences(x, groups, codec)
+            pending = _differences(x, groups, codec)
         x.grad, losses = gradients(x, data.train[batch], data.train_labels[batch])
         if e.schedule == "bsp":
             x.grad = x.grad.mean(0).expand_as(x)
         elif e.average_gradients and due:
-            x.grad += differences(x.grad, groups)
+            x.grad += _differences(x.grad, groups)
         # Before the first update there are no states.
         averaged = due and round_ // len(table) % e.optimizer_state_every == 0
         states = [name for name in e.average_optimizer_state if averaged]
@@ -216,7 +220,7 @@ def _train(
             _average_states(optimizer, states, groups)
         optimizer.step()
         if due and not overlap:
-            x += differences(x, groups, codec)
+            x += _differences(x, groups, codec)
             _average_states(optimizer, states, groups)
         loss += float(losses.mean())
         square += consensus_distance(x) ** 2
@@ -317,6 +321,12 @@ def differences(x: Tensor, groups: list[Tensor], codec: Codec | None = None) -> 
     return result
 
 
+def _differences(x: Tensor, parts: Sequence[list[Tensor]], codec: Codec | None = None) -> Tensor:
+    """Those of each part of the columns, by its own groups."""
+    columns = zip(x.tensor_split(len(parts), dim=1), parts, strict=True)
+    return torch.cat([differences(part, groups, codec) for part, groups in columns], dim=1)
+
+
 def rounded(x: Tensor, codec: Codec) -> Tensor:
     """``Q(x)``: each row to the wire's dtype and back; rows are of whole blocks."""
     values, out = x.flatten().clone(), torch.empty_like(x).flatten()
@@ -332,7 +342,7 @@ def consensus_distance(x: Tensor) -> float:
     return math.sqrt(float((from_first - from_first.mean(0)).square().sum()) / len(x))
 
 
-def _average_states(optimizer: Optimizer, names: Sequence[str], groups: list[Tensor]) -> None:
+def _average_states(optimizer: Optimizer, names: Sequence[str], parts: Sequence[list[Tensor]]) -> None:
     for state in optimizer.state.values():
         for name in names:
-            state[name] += differences(state[name], groups)
+            state[name] += _differences(state[name], parts)

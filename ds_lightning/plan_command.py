@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ds_lightning.command import Parser, check_output, dated_folder, parameters, require, seconds
 from ds_lightning.cost import rounds
 from ds_lightning.planner import BLIND_PAIRS, Option, Plan, plan
-from ds_lightning.schedule import Partition, schedule_period
+from ds_lightning.schedule import Partition, schedule_parts, schedule_period
 from ds_lightning.topology import Topology
 from ds_lightning.wire import WIRE_DTYPES, wire_bytes
 
@@ -61,8 +61,7 @@ def _figures(found: Plan, option: Option, pairs: float) -> Figures:
     link = busy = None
     if option.schedule is not None:
         period = rounds(option.schedule)
-        traffic = sum(found.network.traffic(groups) for groups in period) / len(period)
-        seconds = traffic * found.network.seconds_per_byte * found.size
+        seconds = found.network.traffic(*period) * found.network.seconds_per_byte * found.size
         link, busy = found.network.nodes[int(seconds.argmax())], float(seconds.max())
     return Figures(
         name=option.name,
@@ -154,13 +153,16 @@ def _details(found: Plan) -> Iterator[str]:
     partitions = [schedule.partition(t) for t in range(schedule_period(schedule))]
     if network.world_size <= _LISTED_RANKS:
         yield f"\nGroups of the {len(partitions)} steps of the period:"
+        if (parts := schedule_parts(schedule)) > 1:
+            yield f"  of part 0 of {parts}; part q of the model has those of q steps later"
         for t, partition in enumerate(partitions):
             yield f"  step {t}: {_compactly(partition)}"
     switches = set(found.topology.switches)
     shown = [i for i, node in enumerate(network.nodes) if node in switches]
     if not shown:
         return
-    traffic = [network.traffic(groups) for groups in rounds(schedule)]
+    period = rounds(schedule)
+    traffic = [network.traffic(*period.step(t)) for t in range(len(period))]
     busiest = {i: network.seconds_per_byte[i] * sum(step[i] for step in traffic) for i in shown}
     listed = sorted(shown, key=lambda i: -busiest[i])[:_LISTED_SWITCHES]
     width = max(len(network.nodes[i]) for i in listed)
@@ -189,6 +191,7 @@ def _json(found: Plan, table: list[Figures], args: argparse.Namespace) -> str:
         "verdict": found.verdict,
         "ddp_is_better": found.ddp_is_better,
         "options": [asdict(row) for row in table],
+        "parts": schedule_parts(found.schedule),
         "partitions": [found.schedule.partition(t) for t in range(schedule_period(found.schedule))],
     }
     return "{\n" + ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in content.items()) + "\n}\n"

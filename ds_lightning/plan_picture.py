@@ -54,7 +54,7 @@ def draw(found: Plan, about: str, path: Path) -> None:
 
 def _draw_links(axis: Any, found: Plan) -> None:
     network, period = found.network, rounds(found.schedule)
-    models = np.array([network.traffic(groups) for groups in period])  # (steps, nodes)
+    models = np.array([network.traffic(*period.step(t)) for t in range(len(period))])  # (steps, nodes)
     busy = models * network.seconds_per_byte * found.size
     rows = _rows(found.topology, network, busy.mean(axis=0))
     index = [i for i, _ in rows]
@@ -136,16 +136,8 @@ def _draw_meetings(axis: Any, found: Plan) -> None:
     cells = meet.shape[1]
     if block == 1:
         meet[:, np.arange(cells), np.arange(cells)] = False
-    first = np.ma.masked_array(meet.argmax(axis=0), ~meet.any(axis=0))
-    colours = _step_colours(len(period))
-    norm = BoundaryNorm(np.arange(len(period) + 1) - 0.5, len(period))
-    image = axis.imshow(first, cmap=ListedColormap(colours), norm=norm, interpolation="nearest", origin="upper")
-    if cells <= 16:
-        for one, other in np.argwhere(meet.any(axis=0)):
-            steps = np.flatnonzero(meet[:, one, other])
-            text = ",".join(map(str, steps[:3])) + ("…" if len(steps) > 3 else "") if cells <= 8 else str(steps[0])
-            dark = _luminance(colours[steps[0]]) < 0.5
-            axis.text(other, one, text, ha="center", va="center", fontsize=7, color="white" if dark else "black")
+    draw_meet = _draw_shares if period.parts > 1 else _draw_first_steps
+    draw_meet(axis, meet, "ranks" if block == 1 else f"blocks of {block} ranks")
     if cells <= 32:
         ticks = range(0, cells, 1 if cells <= 16 else 2)
         axis.set_xticks(ticks, [order[i] for i in ticks], fontsize=8)
@@ -158,9 +150,40 @@ def _draw_meetings(axis: Any, found: Plan) -> None:
         axis.axhline(edge / block - 0.5, color="black", linewidth=0.8)
         axis.axvline(edge / block - 0.5, color="black", linewidth=0.8)
     axis.set_xlabel(_rank_label(order, cells), fontsize=8)
-    axis.set_title(f"the step at which {'ranks' if block == 1 else f'blocks of {block} ranks'} first meet", fontsize=10)
-    bar = axis.figure.colorbar(image, ax=axis, ticks=range(len(period)), aspect=25)
+
+
+def _draw_first_steps(axis: Any, meet: Any, who: str) -> None:
+    """The step at which each two meet first."""
+    steps, cells = meet.shape[:2]
+    first = np.ma.masked_array(meet.argmax(axis=0), ~meet.any(axis=0))
+    colours = _step_colours(steps)
+    norm = BoundaryNorm(np.arange(steps + 1) - 0.5, steps)
+    image = axis.imshow(first, cmap=ListedColormap(colours), norm=norm, interpolation="nearest", origin="upper")
+    if cells <= 16:
+        for one, other in np.argwhere(meet.any(axis=0)):
+            when = np.flatnonzero(meet[:, one, other])
+            text = ",".join(map(str, when[:3])) + ("…" if len(when) > 3 else "") if cells <= 8 else str(when[0])
+            dark = _luminance(colours[when[0]]) < 0.5
+            axis.text(other, one, text, ha="center", va="center", fontsize=7, color="white" if dark else "black")
+    axis.set_title(f"the step at which {who} first meet", fontsize=10)
+    bar = axis.figure.colorbar(image, ax=axis, ticks=range(steps), aspect=25)
     bar.set_label("step (white: never)", fontsize=8)
+    bar.ax.tick_params(labelsize=8, length=0)
+
+
+def _draw_shares(axis: Any, meet: Any, who: str) -> None:
+    """What share of the model each two average together, of a plan in parts: they meet at nearly every step."""
+    cells, share = meet.shape[1], 100 * meet.mean(axis=0)
+    image = axis.imshow(
+        np.ma.masked_equal(share, 0), cmap="Blues", vmin=0, vmax=share.max(), interpolation="nearest", origin="upper"
+    )
+    if cells <= 16:
+        for one, other in np.argwhere(share > 0):
+            colour = "white" if share[one, other] > 0.6 * share.max() else "black"
+            axis.text(other, one, f"{share[one, other]:.0f}", ha="center", va="center", fontsize=7, color=colour)
+    axis.set_title(f"how much of the model {who} average together per step", fontsize=10)
+    bar = axis.figure.colorbar(image, ax=axis, aspect=25)
+    bar.set_label("% of the model (white: never together)", fontsize=8)
     bar.ax.tick_params(labelsize=8, length=0)
 
 
@@ -242,10 +265,12 @@ def _curve(option: Option, n: int) -> tuple[list[float], list[float]]:
     values = np.eye(n) if n <= _EXACT_RANKS else np.random.default_rng(0).standard_normal((n, _SAMPLES))
     values -= values.mean(axis=0)
     start = float((values**2).sum())
-    errors = [1.0]
+    errors, parts = [1.0], [values] * period.parts
     while len(errors) <= _MOST_STEPS and errors[-1] > _LOWEST / 10:
-        values = period[(len(errors) - 1) % len(period)].means(values)
-        errors.append(max(float((values**2).sum()) / start, _LOWEST / 100))
+        step = period.step(len(errors) - 1)
+        parts = [groups.means(values) for groups, values in zip(step, parts, strict=True)]
+        error = sum(float((values**2).sum()) for values in parts) / period.parts / start
+        errors.append(max(error, _LOWEST / 100))
     return [t * option.seconds for t in range(len(errors))], errors
 
 

@@ -159,8 +159,9 @@ def plan(
             those without any and those with what the fastest hosts need to swap models, which just hides pairs'.
         overlap: Whether averages run during them.
         seed: Of choices among equals.
-        thorough: Whether lots are drawn more than once. ``False``, to plan again while training: once, and few
-            schedules are followed event by event, which takes below 1 s for 8 ranks and 3 s for 16.
+        thorough: Whether to take seconds. ``False``, to plan again while training: fewer budgets, lots and
+            lengths of a period are tried, and few schedules are followed event by event, for fewer steps. That takes
+            below 1 s for 8 ranks and 3 s for 16.
         present: A schedule to compare with: it is among the alternatives, as :data:`PRESENT`.
 
     Raises:
@@ -235,8 +236,11 @@ class _Search:
         return Option(name, self._seconds(period), steady_error(period), schedule)
 
     def _seconds(self, period: Period, follow: bool = True) -> float:
-        time = followed_step_seconds if follow and self._follows else step_seconds
-        return mean(time(self.network, period, self.size, compute, self.overlap) for compute in self.computes)
+        network, size, overlap = self.network, self.size, self.overlap
+        if not follow or not self._follows:
+            return mean(step_seconds(network, period, size, compute, overlap) for compute in self.computes)
+        steps = (24, 48) if self.thorough else (12, 24)
+        return mean(followed_step_seconds(network, period, size, compute, overlap, steps) for compute in self.computes)
 
     def ddp_seconds(self, wire: float) -> float:
         """Of a step of DDP whose all-reduce takes so long."""
@@ -270,10 +274,10 @@ class _Search:
         """What budgets lead to: seconds per step by the recurrence, a name, and a period."""
         n = self.network.world_size
         budgets = self._budgets()
-        tries = min(max(1, min(3200 // n, 400) // len(budgets)), _MOST_TRIES) if n <= _TRIED_RANKS else 1
-        tries = tries if self.thorough else 1
+        drawn = min(3200 // n, 400) if self.thorough else 640 // n
+        tries = min(max(1, drawn // len(budgets)), _MOST_TRIES) if n <= _TRIED_RANKS else 1
         # Those chosen by distance depend on what came before, and where the period is cut makes a difference.
-        lengths = (4, 8, 12) if n <= _TRIED_RANKS else (8,)
+        lengths = ((4, 8, 12) if self.thorough else (4, 8)) if n <= _TRIED_RANKS else (8,)
         for (narrow, wide, every), seed in itertools.product(budgets, range(self.seed, self.seed + tries)):
             periods = sorted({-(-length // every) * every for length in lengths})
             settle = -(-sum(lengths) // every) * every if self._follows else 0
@@ -318,12 +322,15 @@ class _Search:
         factors: tuple[float, ...]
         everies: tuple[int, ...]
         if self.network.world_size <= _TRIED_RANKS:
-            kinds, factors, everies = 3, (1.0, 1.5, 2.0), (2, 3, 4, 8)  # of pairs, groups of 4, groups of any size
+            kinds, factors = 3, (1.0, 1.5, 2.0)  # of pairs, groups of 4, groups of any size
+            everies = (2, 3, 4, 8) if self.thorough else (2, 3, 4)
         elif self.network.world_size <= 1024:
             kinds, factors, everies = 3, (1.0, 2.0), (2, 3, 4)
         else:
             kinds, factors, everies = 2, (1.0, 2.0), (2, 4)
         base = sorted({_rounded_up(seconds) for seconds in self.links if seconds >= self._fastest / 1.05})
+        if not self.thorough:  # the slowest of those that are nearly as fast stand for all
+            base = [b for b, slower in itertools.pairwise([*base, math.inf]) if slower > 1.25 * b]
         if len(base) > kinds:  # measured links are all different
             base = [base[round(i * (len(base) - 1) / (kinds - 1))] for i in range(kinds)]
         narrow = sorted({b * factor for b in base for factor in factors})

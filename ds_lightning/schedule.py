@@ -470,7 +470,10 @@ def check_schedule(schedule: Schedule) -> None:
 
 
 def mixing_matrix(schedule: Schedule, step: int) -> NDArray[np.float64]:
-    """``W_t``: shape (N, N), float64, ``1/|G|`` where two ranks share a group G of ``step``, else 0."""
+    """``W_t``: shape (N, N), float64, ``1/|G|`` where two ranks share a group G of ``step``, else 0.
+
+    Of a schedule in parts ``W_{t+q}`` is what part q is averaged by.
+    """
     import numpy as np
 
     matrix = np.zeros((schedule.world_size, schedule.world_size))
@@ -483,7 +486,7 @@ def consensus_rate(schedule: Schedule) -> float:
     """Factor by which the schedule shrinks the consensus distance per step, at worst, averaged over one period.
 
     That is ``||W_{p-1} ... W_1 W_0 - J/N||_2 ** (1/p)`` for the period p. 0.0 means exact consensus within a period,
-    1.0 that some disagreement is never averaged away.
+    1.0 that some disagreement is never averaged away. Of a schedule in parts it is that of each part.
     """
     import numpy as np
 

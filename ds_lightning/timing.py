@@ -10,14 +10,14 @@ step (jitter) depend on the seed alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 
 from ds_lightning.clusters import check_seed, check_share
-from ds_lightning.cost import FORWARD, Floats, Network, Round, ddp_step_seconds, rounds
+from ds_lightning.cost import FORWARD, Floats, Network, Period, averaged, ddp_step_seconds, rounds
 from ds_lightning.flows import Contention, Run
 from ds_lightning.planner import plan
 from ds_lightning.schedule import Schedule, make_schedule, positive_int
@@ -250,32 +250,32 @@ def _local(setting: Setting, steps: int) -> Iterator[_Step]:
         yield ends, busy
 
 
-def _recurrence(setting: Setting, period: Sequence[Round], steps: int) -> Iterator[_Step]:
+def _recurrence(setting: Setting, period: Period, steps: int) -> Iterator[_Step]:
     """Max-plus, as :func:`ds_lightning.cost.step_seconds`."""
     ends: Floats = np.zeros(setting.topology.world_size)
-    known: dict[int, tuple[Floats, Floats]] = {}
+    known: dict[int, tuple[list[Floats], Floats]] = {}
     when, network = 0, setting.network_in(0)
     for t in range(steps):
         at, computing = t % len(period), setting.computing(t)
-        groups = period[at]
-        begins = groups.latest(ends if setting.overlap else ends + computing)
-        if (now := setting.period_at(float(begins.mean()))) != when:
+        parts, ready = period.step(t), ends if setting.overlap else ends + computing
+        begin = float(np.concatenate([groups.latest(ready) for groups in parts]).mean())
+        if (now := setting.period_at(begin)) != when:
             when, network, known = now, setting.network_in(now), {}
         if at not in known:
-            busy = network.traffic(groups) * network.seconds_per_byte * setting.size
-            known[at] = network.seconds(groups, setting.size), busy
+            busy = network.traffic(*parts) * network.seconds_per_byte * setting.size
+            known[at] = network.step_seconds(parts, setting.size), busy
         seconds, busy = known[at]
-        averaged = (begins + seconds)[groups.group_of]
-        ends = np.maximum(ends + computing, averaged) if setting.overlap else averaged
+        done = averaged(parts, seconds, ready)
+        ends = np.maximum(ends + computing, done) if setting.overlap else done
         yield ends, busy
 
 
-def _events(setting: Setting, period: Sequence[Round], steps: int) -> Iterator[_Step]:
+def _events(setting: Setting, period: Period, steps: int) -> Iterator[_Step]:
     """Event by event; links are taken to be as fast as at the mean begin of a step, to tell how long they are busy."""
     network, begin = setting.network, 0.0
     computing = np.array([setting.computing(t) for t in range(steps)])
     followed = Run(network, period, setting.size, computing, setting.overlap, setting.others)
-    traffic = [network.traffic(groups) for groups in period]
+    traffic = [network.traffic(*period.step(t)) for t in range(len(period))]
     for t, ends in enumerate(followed.ends(steps)):
         there = setting.network_in(setting.period_at(begin))
         yield ends, traffic[t % len(period)] * there.seconds_per_byte * setting.size

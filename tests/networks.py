@@ -7,7 +7,8 @@ from itertools import permutations
 
 from hypothesis import strategies as st
 
-from ds_lightning.schedule import CyclicSchedule, Partition
+from ds_lightning.cost import rounds
+from ds_lightning.schedule import CyclicSchedule, Partition, schedule_parts
 from ds_lightning.topology import Link, Topology
 
 SPEEDS = st.one_of(st.sampled_from([1.0, 2.5, 10.0]), st.floats(0.5, 50))
@@ -53,9 +54,9 @@ def grouped(labels) -> Partition:
     return tuple(map(tuple, groups.values()))
 
 
-def schedules(n, most_period=4, of=partitions):
+def schedules(n, most_period=4, of=partitions, most_parts=1):
     """Any schedule of n ranks."""
-    return st.lists(of(n), min_size=1, max_size=most_period).map(CyclicSchedule)
+    return st.builds(CyclicSchedule, st.lists(of(n), min_size=1, max_size=most_period), st.integers(1, most_parts))
 
 
 def racks(*sizes: int, bandwidth: float = 10.0, trunk: float = 10.0, slow: float | None = None) -> Topology:
@@ -95,15 +96,22 @@ def loads(topology: Topology, partition: Partition) -> dict[tuple[str, str], flo
     return found
 
 
+def takes_of(network, schedule, size):
+    """What each group of each part takes at each step of a period."""
+    period = rounds(schedule)
+    return [[s.tolist() for s in network.step_seconds(period.step(t), size)] for t in range(len(period))]
+
+
 def recurrence(schedule, takes, steps, compute, overlap):
-    """When each rank ends each step, if each group of step t takes ``takes[t % period][group]``."""
+    """When each rank ends each step, if each group of part q at step t takes ``takes[t % period][q][group]``."""
     before, ends = [0.0] * schedule.world_size, []
     for t in range(steps):
-        after = [0.0] * schedule.world_size
-        for group, seconds in zip(schedule.partition(t), takes[t % schedule.period], strict=True):
-            done = max(before[rank] for rank in group) + seconds
-            for rank in group:
-                after[rank] = max(done, before[rank] + compute) if overlap else done + compute
+        after = [seconds + compute for seconds in before] if overlap else [0.0] * schedule.world_size
+        for part in range(schedule_parts(schedule)):
+            for group, seconds in zip(schedule.partition(t + part), takes[t % schedule.period][part], strict=True):
+                done = max(before[rank] for rank in group) + seconds
+                for rank in group:
+                    after[rank] = max(after[rank], done if overlap else done + compute)
         ends.append(after)
         before = after
     return ends

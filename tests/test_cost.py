@@ -12,7 +12,19 @@ from ds_lightning import cost
 from ds_lightning.cost import Network, Period, Round, ddp_step_seconds, rounds, steady_error, step_seconds
 from ds_lightning.schedule import CyclicSchedule, GridSchedule, ShuffleSchedule, make_schedule, mixing_matrix
 from ds_lightning.topology import Link, Topology
-from tests.networks import flat, grouped, latency_of, loads, partitions, racks, recurrence, schedules, seconds_of, trees
+from tests.networks import (
+    flat,
+    grouped,
+    latency_of,
+    loads,
+    partitions,
+    racks,
+    recurrence,
+    schedules,
+    seconds_of,
+    takes_of,
+    trees,
+)
 
 MODEL = 1e6
 
@@ -133,13 +145,13 @@ def test_the_slower_direction_counts():
         assert network.seconds(Round.of(((0, 1),)), MODEL)[0] == pytest.approx(MODEL * 8 / 2e9 * 1514 / 1448)
 
 
-@given(CASES.flatmap(lambda case: st.tuples(st.just(case[0]), schedules(case[0].world_size))), st.data())
+@given(CASES.flatmap(lambda case: st.tuples(st.just(case[0]), schedules(case[0].world_size, most_parts=4))), st.data())
 def test_steps_are_coupled_through_membership(case, data):
     topology, schedule = case
     network, period = Network(topology), rounds(schedule)
     typical = max(float(network.seconds(groups, MODEL).max()) for groups in period)
     compute, overlap = data.draw(st.sampled_from([0.0, 0.5, 2.0])) * typical, data.draw(st.booleans())
-    takes = [network.seconds(groups, MODEL).tolist() for groups in period]
+    takes = takes_of(network, schedule, MODEL)
     settled, steps = (-(-k // schedule.period) * schedule.period for k in (24, 48))
     ends = recurrence(schedule, takes, settled + steps, compute, overlap)
     expected = (np.mean(ends[-1]) - np.mean(ends[settled - 1])) / steps
@@ -151,7 +163,7 @@ def test_steps_are_coupled_through_membership(case, data):
 @pytest.mark.parametrize("topology", [racks(4, 4), racks(4, 4, slow=2.5), racks(6, 3, 2, trunk=5.0)])
 def test_the_rhythm_is_that_of_long_runs(topology, compute, overlap):
     network, schedule = Network(topology), make_schedule("auto", topology.world_size, 2)
-    takes = [network.seconds(groups, MODEL).tolist() for groups in rounds(schedule)]
+    takes = takes_of(network, schedule, MODEL)
     compute *= second(topology)
     ends = recurrence(schedule, takes, 2400, compute, overlap)
     expected = (np.mean(ends[-1]) - np.mean(ends[1199])) / 1200
@@ -168,6 +180,44 @@ def test_compute_is_hidden_or_not():
     alone = Period([Round.of(((0,), (1,)))])
     assert step_seconds(network, alone, MODEL, 2.0) == step_seconds(network, alone, MODEL, 2.0, False) == 2
     assert step_seconds(network, alone, MODEL) == 0
+
+
+@given(CASES, st.data())
+def test_groups_of_all_parts_share_links_with_a_part_of_the_model_each(case, data):
+    topology, partition = case
+    parts = [partition, *data.draw(st.lists(partitions(topology.world_size), min_size=1, max_size=3))]
+    network, total = Network(topology), dict.fromkeys(topology.links, 0.0)
+    for part in parts:
+        for (node, way), models in loads(topology, part).items():
+            total[node] += models / len(parts) if way == "up" else 0
+    traffic = network.traffic(*map(Round.of, parts))
+    assert dict(zip(network.nodes, traffic, strict=True)) == pytest.approx(total)
+    for part, seconds in zip(parts, network.step_seconds([*map(Round.of, parts)], MODEL), strict=True):
+        for group, took in zip(part, seconds, strict=True):
+            links = {link for ends in permutations(group, 2) for link in topology.path(*ends)}
+            busiest = max((seconds_of(topology, *link, total[link[0]], MODEL) for link in links), default=0.0)
+            latency = max((latency_of(topology, *ends) for ends in permutations(group, 2)), default=0.0)
+            assert took == pytest.approx(busiest + latency * (2 if len(group) > 2 else 1))
+
+
+SLOW_ONCE = (
+    ((0, 7), (1, 2), (3, 4), (5, 6)),
+    ((0, 1), (2, 3), (4, 5), (6,), (7,)),
+    ((0, 2), (1, 3), (4, 6), (5,), (7,)),
+    ((0, 3), (1, 4), (2, 6), (5,), (7,)),
+)
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_in_parts_a_slow_host_keeps_nobody_waiting(overlap):
+    """A quarter of a model per step on a link of a quarter of the speed takes what a model does on the others'."""
+    network = Network(flat(*[10] * 7, 2.5))
+    pair = second(flat(10))
+    whole, in_parts = (rounds(CyclicSchedule(SLOW_ONCE, parts)) for parts in (1, 4))
+    expected = pair if overlap else 1.2 * pair
+    assert step_seconds(network, in_parts, MODEL, 0.2 * pair, overlap) == pytest.approx(expected)
+    assert step_seconds(network, whole, MODEL, 0.2 * pair, overlap) > 1.6 * pair
+    assert steady_error(in_parts) == steady_error(whole)
 
 
 def test_ddp_hides_behind_backward_what_it_can():

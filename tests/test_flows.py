@@ -24,6 +24,7 @@ from tests.networks import (
     recurrence,
     schedules,
     seconds_of,
+    takes_of,
     trees,
 )
 
@@ -40,17 +41,17 @@ def ends(topology, schedule, steps, compute=0.0, overlap=True):
 
 
 def takes(topology, schedule):
-    return [Network(topology).seconds(groups, MODEL).tolist() for groups in rounds(schedule)]
+    return takes_of(Network(topology), schedule, MODEL)
 
 
 @st.composite
-def runs(draw, topologies=TREES, of=partitions):
+def runs(draw, topologies=TREES, of=partitions, most_parts=3):
     topology = draw(topologies)
-    schedule = draw(schedules(topology.world_size, 3, of))
+    schedule = draw(schedules(topology.world_size, 3, of, most_parts))
     return topology, schedule, draw(COMPUTES), draw(st.booleans())
 
 
-@given(runs(FLAT, pairs))
+@given(runs(FLAT, pairs, most_parts=1))
 def test_pairs_on_one_switch_take_what_the_recurrence_says(run):
     """Nothing is shared, however slow a host is."""
     topology, schedule, compute, overlap = run
@@ -75,8 +76,9 @@ def test_no_link_carries_more_than_it_can(run):
     end = ends(topology, schedule, 9, compute, overlap).max()
     total: dict[tuple[str, str], float] = defaultdict(float)
     for t in range(9):
-        for link, models in loads(topology, schedule.partition(t)).items():
-            total[link] += models
+        for part in range(schedule.parts):
+            for link, models in loads(topology, schedule.partition(t + part)).items():
+                total[link] += models / schedule.parts
     for link, models in total.items():
         assert seconds_of(topology, *link, models, MODEL) <= end * (1 + 1e-6)
 
@@ -154,6 +156,37 @@ def test_a_run_can_be_repeated(run):
     assert short.shape == (3, topology.world_size)
     assert (long == ends(topology, schedule, 5, compute, overlap)).all()
     assert (short == run.ends(3)).all()
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("compute", [0.0, 0.25, 1.5])
+def test_in_parts_a_slow_host_keeps_nobody_waiting(compute, overlap):
+    """Rank 3 swaps a quarter of a model per step at a quarter of the speed: 1 s, as long as the others take."""
+    partitions = [((0, 3), (1, 2)), ((0, 1), (2,), (3,)), ((0, 2), (1,), (3,)), ((0,), (1, 2), (3,))]
+    found = ends(flat(10, 10, 10, 2.5), CyclicSchedule(partitions, 4), 5, compute, overlap)
+    step = max(1.0, compute) if overlap else 1.0 + compute
+    # Rank 0 has three quarters of a model to swap, and may go on to the next step with those who wait for nobody.
+    np.testing.assert_allclose(found[:, 3], step * np.arange(1, 6))
+    whole = ends(flat(10, 10, 10, 2.5), partitions, 40, compute, overlap)
+    in_parts = ends(flat(10, 10, 10, 2.5), CyclicSchedule(partitions, 4), 40, compute, overlap)
+    assert in_parts[-1].mean() <= whole[-1].mean() * (1 + 1e-9)
+
+
+def test_two_parts_share_links_and_the_last_one_ends_the_step():
+    """Two hosts swap one half of the model at each step."""
+    schedule = CyclicSchedule([((0, 1),), ((0,), (1,))], 2)
+    np.testing.assert_allclose(ends(flat(10, 10), schedule, 3), [[0.5] * 2, [1] * 2, [1.5] * 2])
+    # Rank 0 swaps half a model with each of the others: they wait for half a second's worth at half its speed.
+    schedule = CyclicSchedule([((0, 1), (2,)), ((0, 2), (1,))], 2)
+    np.testing.assert_allclose(ends(flat(10, 10, 10), schedule, 2), [[1] * 3, [2] * 3])
+    np.testing.assert_allclose(ends(flat(10, 10, 10, latency=100), schedule, 2), [[1.2] * 3, [2.4] * 3])
+
+
+def test_as_many_equal_parts_as_one_take_as_long():
+    topology = racks(2, 2, trunk=7, slow=3)
+    for partition in [((0, 2), (1, 3)), ((0, 1, 2), (3,)), ((0, 1, 2, 3),)]:
+        expected = ends(topology, [partition], 4, 0.2)
+        np.testing.assert_allclose(ends(topology, CyclicSchedule([partition], 3), 4, 0.2), expected)
 
 
 def test_two_pairs_share_a_trunk():

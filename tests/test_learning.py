@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,7 +24,7 @@ from ds_lightning.digits import Data, digits
 from ds_lightning.lanes import Lane
 from ds_lightning.learning import Experiment, batches, consensus_distance, differences, index_arrays, run
 from ds_lightning.payload import Payload
-from ds_lightning.schedule import mixing_matrix
+from ds_lightning.schedule import CyclicSchedule, mixing_matrix
 from ds_lightning.wire import codec_for
 from tests.ranks import run_ranks
 from tests.reference import Reference, flat, mix, relative_error
@@ -134,6 +135,45 @@ def test_workers_equal_modules_and_matrices(schedule, optimizer, overlap, sync_e
 def test_optimizer_states_are_averaged_when_they_are_due(overlap, every, optimizer, states):
     e = Experiment(8, "grid", 2, overlap, 2, None, False, states, every, optimizer, lr=0.05, steps=30)
     assert_equal_at_every_step(e, small_data(), GridSchedule(8, 2), overlap, 2, states)
+
+
+@pytest.mark.parametrize("average_gradients", [False, True])
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("parts", [2, 3])
+def test_parts_are_averaged_each_in_its_own_partition(parts, overlap, average_gradients):
+    """Against matrices on the columns of each part, with a plain optimizer on all rows."""
+    data, schedule = small_data(), CyclicSchedule([Pairs().partition(t) for t in range(3)], parts)
+    e = Experiment(5, schedule, 2, overlap, 2, None, average_gradients, ("momentum_buffer",), lr=0.05, steps=14)
+    model, x = small_model().double(), torch.nn.utils.parameters_to_vector(first_model(e).parameters()).repeat(5, 1)
+    momentum, cuts = torch.zeros_like(x), [x.shape[1] * q // parts for q in range(parts + 1)]
+    if x.shape[1] % parts:  # the first ones have one more
+        sizes = [x.shape[1] // parts + (q < x.shape[1] % parts) for q in range(parts)]
+        cuts = [sum(sizes[:q]) for q in range(parts + 1)]
+
+    def mixed(values, round_):
+        columns = [values[:, one:other] for one, other in pairwise(cuts)]
+        matrices = [torch.from_numpy(mixing_matrix(schedule, round_ + q)) for q in range(parts)]
+        return torch.cat([w @ part for w, part in zip(matrices, columns, strict=True)], dim=1)
+
+    begun = x
+    for step, (batch, found) in enumerate(zip(batches(e, data.train_labels), rows(e, data), strict=False)):
+        round_, place = divmod(step, 2)
+        begun = x if place == 0 else begun
+        gradients = []
+        for row, indices in zip(x, batch, strict=True):
+            torch.nn.utils.vector_to_parameters(row, model.parameters())
+            loss = F.cross_entropy(model(data.train[indices]), data.train_labels[indices])
+            gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, [*model.parameters()])]))
+        gradient = torch.stack(gradients)
+        if place == 1 and average_gradients:
+            gradient = mixed(gradient, round_)
+        if place == 1 and overlap:
+            x, momentum = x + mixed(begun, round_) - begun, mixed(momentum, round_)
+        momentum = 0.9 * momentum + gradient
+        x = x - 0.05 * momentum
+        if place == 1 and not overlap:
+            x, momentum = mixed(x, round_), mixed(momentum, round_)
+        assert relative_error(found, x) < 1e-12, step
 
 
 def test_local_sgd_averages_everybody_every_few_steps():

@@ -13,8 +13,8 @@ from ds_lightning import __main__ as command_line
 from ds_lightning import timing, timing_command
 from ds_lightning.clusters import generate
 from ds_lightning.cost import Network, ddp_step_seconds, rounds, step_seconds
-from ds_lightning.flows import Contention, Run
-from ds_lightning.schedule import GridSchedule
+from ds_lightning.flows import Contention, Run, followed_step_seconds
+from ds_lightning.schedule import CyclicSchedule, GridSchedule
 from ds_lightning.timing import NAMES, Setting, run, schedule, walk
 from ds_lightning.timing_command import main
 from ds_lightning.topology import Topology
@@ -102,6 +102,22 @@ def test_the_recurrence_is_that_of_the_cost_model(name, overlap):
     ends = ends_of(setting, name, settling + measured).mean(axis=1)
     expected = step_seconds(setting.network, period, setting.size, setting.compute, overlap)
     assert (ends[-1] - ends[settling - 1]) / measured == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("event_ranks", [0, 32])
+def test_a_schedule_in_parts(event_ranks, overlap, monkeypatch):
+    """Links are busy with what all parts put on them, and times are those of the cost model."""
+    partitions = [GridSchedule(16, 2).partition(t) for t in range(4)]
+    in_parts = CyclicSchedule([*partitions[:3], [[rank] for rank in range(16)]], 4)
+    monkeypatch.setattr(timing, "schedule", lambda *_: in_parts)
+    setting = Setting(small(latency=0.1), 100 * MB, 0.02, overlap, event_ranks=event_ranks)
+    period, found = rounds(in_parts), run(setting, "own", 96)
+    time = followed_step_seconds if event_ranks else step_seconds
+    expected = time(setting.network, period, setting.size, setting.compute, overlap)
+    assert (found.ends[-1, 0] - found.ends[23, 0]) / 72 == pytest.approx(expected, rel=0.02)
+    one = sum(setting.network.traffic(groups) for groups in period) / 4
+    np.testing.assert_allclose(found.busy, one * setting.network.seconds_per_byte * setting.size)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
