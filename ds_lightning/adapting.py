@@ -11,9 +11,9 @@ faster than the link could be with it. Where parameters travel in parts, other p
 now and then one round averages all parts in the same groups, to look.
 
 **Changing.** Rank 0 plans anew (in another thread) when shares or the time of compute changed. The new plan is taken if
-a step should be :data:`GAIN` times faster with it, or no slower when all links are again as the topology states. All ranks change before the same round, without waiting
-for each other until then: rank 0 allows rounds some seconds ahead, nobody begins a round that is not allowed yet, and
-what is changed begins with the first of these.
+a step should be :data:`GAIN` times faster with it, or no slower when all links are again as the topology states. All
+ranks change before the same round, without waiting for each other until then: rank 0 allows rounds some seconds ahead,
+nobody begins a round that is not allowed yet, and what is changed begins with the first of these.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from ds_lightning.cost import Floats, Network, Round, rounds
 from ds_lightning.groups import name_timeout
 from ds_lightning.payload import Arrivals
 from ds_lightning.planner import PRESENT, Plan, plan
-from ds_lightning.schedule import CyclicSchedule, Schedule, schedule_parts
+from ds_lightning.schedule import CyclicSchedule, Schedule, schedule_parts, schedule_period
 from ds_lightning.topology import Link, Topology
 
 # Averages so many times slower (or faster) than planned for say that a link has changed: noise is below.
@@ -164,7 +164,7 @@ class Watch:
         for average in sorted(self._averages, key=lambda a: -a.round):
             for node in average.traffic:
                 of_link = latest.setdefault(node, [])
-                if len(of_link) < LATEST or of_link[0].told - average.told < SECONDS:
+                if len(of_link) < LATEST or of_link[0].told - of_link[-1].told < SECONDS:
                     of_link.append(average)
         enough = {
             node: averages
@@ -172,11 +172,14 @@ class Watch:
             if len(averages) >= LATEST and averages[0].told - averages[-1].told >= SECONDS
         }
         for node in np.flatnonzero(self.shares < 1).tolist():
-            looked = [average for average in self._looked if node in average.traffic]
-            if averages := looked or enough.get(node):
-                faster = _quarter(average.seconds / self._needs(average)[node] for average in averages)
-                if faster < 1 / MARGIN:
-                    self.shares[node] = min(1.0, self.shares[node] / faster)
+            if looked := [average for average in self._looked if node in average.traffic]:
+                took = [average.seconds / self._needs(average)[node] for average in looked]
+                faster = median(took) if max(took) < 1 / MARGIN else 1.0  # a few parts: one may only seem to be fast
+            else:
+                took = [average.seconds / self._needs(average)[node] for average in enough.get(node, ())]
+                faster = _quarter(took) if took else 1.0
+            if faster < 1 / MARGIN:
+                self.shares[node] = min(1.0, self.shares[node] / faster)
         while enough:
             suspects = [node for node, averages in enough.items() if _quarter(map(self._slower, averages)) > MARGIN]
             if not suspects:
@@ -371,11 +374,13 @@ class Leader:
     def _consider(self, found: Plan, slow: str, now: float) -> None:
         present = next(option for option in found.alternatives if option.name == PRESENT)
         back = bool((self._watch.shares == 1).all())
-        if present.seconds < (1.0 if back and not self._full else GAIN) * found.best.seconds:
+        worth = present.seconds >= (1.0 if back and not self._full else GAIN) * found.best.seconds
+        if found.best is present or not worth:
             return
         self._full = back
-        best = found.schedule
-        assert isinstance(best, CyclicSchedule)
+        planned = found.schedule
+        partitions = [planned.partition(t) for t in range(schedule_period(planned))]
+        best = CyclicSchedule(partitions, schedule_parts(planned))
         version = self.word.version + 1
         self.changes[version] = Change(
             best,

@@ -305,7 +305,8 @@ class _Layout:
         unit = shards * codec.block
         total = sum(flat.numel() for flat in flats)
         most = min(max(-(-total // _BUCKETS), _SMALLEST_BUCKET), _LARGEST_BUCKET)
-        bucket = -(-most // unit) * unit
+        number = -(-total // most)
+        bucket = -(-total // (number * unit)) * unit  # all about the same
         lengths = [bucket] * (total // bucket) + [-(-(total % bucket) // unit) * unit] * (total % bucket > 0)
         self.padding = room.values("padding", sum(lengths) - total).zero_()
         values = _Cutter([*flats, self.padding])
