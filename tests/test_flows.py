@@ -116,13 +116,11 @@ def test_pairs_never_end_before_they_would_if_nobody_else_sent(run):
     for t in range(schedule.period):
         alone.append([])
         for group in schedule.partition(t):
-            path = topology.path(group[0], group[-1])
-            busiest = max((seconds_of(topology, node, way, 1, MODEL) for node, way in path), default=0.0)
-            back = max(
-                (seconds_of(topology, *link, 1, MODEL) for link in topology.path(group[-1], group[0])), default=0
-            )
-            alone[-1].append(max(busiest, back) + latency_of(topology, group[0], group[-1]))
-    earliest = np.array(recurrence(schedule, alone, 9, compute, overlap))
+            ways = [*topology.path(group[0], group[-1]), *topology.path(group[-1], group[0])]
+            busiest = max((seconds_of(topology, *link, 1 / schedule.parts, MODEL) for link in ways), default=0.0)
+            alone[-1].append(busiest + latency_of(topology, group[0], group[-1]))
+    by_part = [[alone[(t + q) % schedule.period] for q in range(schedule.parts)] for t in range(schedule.period)]
+    earliest = np.array(recurrence(schedule, by_part, 9, compute, overlap))
     assert (ends(topology, schedule, 9, compute, overlap) >= earliest - 1e-6 * (1 + earliest)).all()
 
 
@@ -132,14 +130,14 @@ def test_ranks_end_their_steps_in_order_and_members_together(run):
     found = ends(topology, schedule, 6, compute, overlap)
     before = np.vstack([np.zeros(topology.world_size), found[:-1]])
     assert (found >= before + compute - 1e-9).all()
-    for t in range(6):
+    for t in range(6 if schedule.parts == 1 else 0):  # of some parts members may have others to wait for
         for group in map(list, schedule.partition(t)):
             own = before[t, group] + compute if overlap else np.zeros(len(group))
             done = found[t, group].min()
             np.testing.assert_allclose(found[t, group], np.maximum(own, done))
 
 
-@given(runs(FLAT, pairs), st.data())
+@given(runs(FLAT, pairs, most_parts=1), st.data())  # who swaps parts with several has more left for the others
 def test_a_slower_link_makes_nobody_end_earlier(run, data):
     topology, schedule, compute, overlap = run
     host = data.draw(st.sampled_from(topology.hosts))
@@ -165,7 +163,6 @@ def test_in_parts_a_slow_host_keeps_nobody_waiting(compute, overlap):
     partitions = [((0, 3), (1, 2)), ((0, 1), (2,), (3,)), ((0, 2), (1,), (3,)), ((0,), (1, 2), (3,))]
     found = ends(flat(10, 10, 10, 2.5), CyclicSchedule(partitions, 4), 5, compute, overlap)
     step = max(1.0, compute) if overlap else 1.0 + compute
-    # Rank 0 has three quarters of a model to swap, and may go on to the next step with those who wait for nobody.
     np.testing.assert_allclose(found[:, 3], step * np.arange(1, 6))
     whole = ends(flat(10, 10, 10, 2.5), partitions, 40, compute, overlap)
     in_parts = ends(flat(10, 10, 10, 2.5), CyclicSchedule(partitions, 4), 40, compute, overlap)

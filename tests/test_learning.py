@@ -144,11 +144,10 @@ def test_parts_are_averaged_each_in_its_own_partition(parts, overlap, average_gr
     """Against matrices on the columns of each part, with a plain optimizer on all rows."""
     data, schedule = small_data(), CyclicSchedule([Pairs().partition(t) for t in range(3)], parts)
     e = Experiment(5, schedule, 2, overlap, 2, None, average_gradients, ("momentum_buffer",), lr=0.05, steps=14)
-    model, x = small_model().double(), torch.nn.utils.parameters_to_vector(first_model(e).parameters()).repeat(5, 1)
-    momentum, cuts = torch.zeros_like(x), [x.shape[1] * q // parts for q in range(parts + 1)]
-    if x.shape[1] % parts:  # the first ones have one more
-        sizes = [x.shape[1] // parts + (q < x.shape[1] % parts) for q in range(parts)]
-        cuts = [sum(sizes[:q]) for q in range(parts + 1)]
+    model, first = small_model().double(), torch.nn.utils.parameters_to_vector(first_model(e).parameters()).detach()
+    x, n = first.repeat(5, 1), len(first)
+    momentum = torch.zeros_like(x)
+    cuts = [n // parts * q + min(q, n % parts) for q in range(parts + 1)]  # the first ones have one more
 
     def mixed(values, round_):
         columns = [values[:, one:other] for one, other in pairwise(cuts)]

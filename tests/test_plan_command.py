@@ -13,7 +13,7 @@ from ds_lightning import plan_command
 from ds_lightning.command import parameters
 from ds_lightning.plan_command import figures, main
 from ds_lightning.planner import plan
-from ds_lightning.schedule import CyclicSchedule, mixing_matrix, schedule_period
+from ds_lightning.schedule import CyclicSchedule, mixing_matrix, schedule_parts, schedule_period
 from ds_lightning.topology import Topology
 
 RACKS = """
@@ -155,7 +155,8 @@ def test_the_file_holds_the_plan(run):
     assert code == 0
     content = json.loads((folder / "plan.json").read_text())
     found = plan(Topology.parse(RACKS), 440e6, 0.35, seed=3)
-    loaded = CyclicSchedule(content["partitions"])
+    loaded = CyclicSchedule(content["partitions"], content["parts"])
+    assert loaded.parts == schedule_parts(found.schedule) == 1
     assert loaded.period == schedule_period(found.schedule)
     for t in range(loaded.period):
         assert (mixing_matrix(loaded, t) == mixing_matrix(found.schedule, t)).all()
@@ -173,6 +174,23 @@ def test_the_file_holds_the_plan(run):
     assert rows[0]["busiest_link"] in ("rack0", "rack1")
     assert png_size(folder / "plan.png") == (1540, 990)
     assert str(folder / "plan.png") in printed.out
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_a_plan_in_parts(run):
+    """The file loads as that schedule, and what is printed of links is the mean of what the parts put on them."""
+    hosts = "  n[0-6]: {to: rack0}\n  n7: {to: rack1, bandwidth: 2.5}\n"
+    text = f"bandwidth: 10\nswitches:\n  core:\n  rack[0-1]: {{to: core}}\nhosts:\n{hosts}"
+    code, printed, folder = run(text, "--parameters", "25M", "--compute", "0")
+    assert code == 0, printed.err
+    content = json.loads((folder / "plan.json").read_text())
+    loaded, found = CyclicSchedule(content["partitions"], content["parts"]), plan(Topology.parse(text), 100e6, 0.0)
+    assert repr(loaded) == repr(found.schedule)
+    assert loaded.parts == 4
+    assert "> planned in 4 parts" in printed.out
+    assert "of part 0 of 4; part q of the model has those of q steps later" in printed.out
+    assert f"rack1{'   0.25' * loaded.period}\n" in printed.out.replace("rack1 ", "rack1")
+    assert png_size(folder / "plan.png") == (1540, 990)
 
 
 def test_what_is_printed(run):
@@ -227,7 +245,8 @@ def test_ddp_may_be_better(run):
 def test_small_worlds(run, hosts):
     code, printed, folder = run(f"bandwidth: 10\nhosts:\n  {hosts}\n", "--parameters", "1M")
     assert code == 0, printed.err
-    CyclicSchedule(json.loads((folder / "plan.json").read_text())["partitions"])
+    content = json.loads((folder / "plan.json").read_text())
+    CyclicSchedule(content["partitions"], content["parts"])
     assert png_size(folder / "plan.png") == (1540, 990)
 
 

@@ -18,7 +18,14 @@ import ds_lightning
 from ds_lightning.cost import Network, rounds, steady_error
 from ds_lightning.flows import Run, followed_step_seconds
 from ds_lightning.planner import BLIND_PAIRS, LARGEST_GROUP, LONGEST_PERIOD, MOST_ERROR, SAME_TIME, plan
-from ds_lightning.schedule import GridSchedule, check_schedule, consensus_rate, mixing_matrix, schedule_period
+from ds_lightning.schedule import (
+    GridSchedule,
+    check_schedule,
+    consensus_rate,
+    mixing_matrix,
+    schedule_parts,
+    schedule_period,
+)
 from ds_lightning.topology import Link, Topology
 from tests.networks import flat, loads, racks, seconds_of, trees
 
@@ -55,21 +62,84 @@ def test_every_plan_is_a_valid_schedule_that_reaches_consensus(topology, compute
 def test_no_link_carries_more_than_the_plan_states(topology):
     found = plan(topology, 100 * MB)
     network = found.network
-    for t, groups in enumerate(rounds(found.schedule)):
-        stated = dict(zip(network.nodes, network.traffic(groups), strict=True))
-        for (node, _), models in loads(topology, found.schedule.partition(t)).items():
+    period = rounds(found.schedule)
+    for t in range(len(period)):
+        stated = dict(zip(network.nodes, network.traffic(*period.step(t)), strict=True))
+        for (node, _), models in step_loads(topology, found.schedule, t).items():
             assert models == pytest.approx(stated[node])
+
+
+def step_loads(topology, schedule, step):
+    """Models on each link and direction at a step, of all parts."""
+    total: Counter[tuple[str, str]] = Counter()
+    parts = schedule_parts(schedule)
+    for part in range(parts):
+        total.update(
+            {link: models / parts for link, models in loads(topology, schedule.partition(step + part)).items()}
+        )
+    return total
 
 
 def check_links(found):
     """Over a period of the plan no link has more than it carries in that time."""
-    steps = [found.schedule.partition(t) for t in range(schedule_period(found.schedule))]
+    steps = schedule_period(found.schedule)
     total: Counter[tuple[str, str]] = Counter()
-    for partition in steps:
-        total.update(loads(found.topology, partition))
+    for t in range(steps):
+        total.update(step_loads(found.topology, found.schedule, t))
     for link, models in total.items():
-        carried = len(steps) * found.best.seconds
+        carried = steps * found.best.seconds
         assert seconds_of(found.topology, *link, models, found.size) <= 1.02 * carried, link
+
+
+@settings(max_examples=4, deadline=None, phases=[Phase.reuse, Phase.generate])
+@given(
+    st.lists(st.sampled_from([2.5, 5.0, 10.0]), min_size=3, max_size=8),
+    st.sampled_from([None, 0.0, 0.1]),
+    st.booleans(),
+    st.integers(0, 9),
+)
+def test_plans_in_parts_are_valid_schedules_too(bandwidths, compute, overlap, seed):
+    """Hosts of different speeds on one switch; every step has each residue of the partitions once."""
+    topology = flat(*bandwidths)
+    found = plan(topology, 100 * MB, compute, overlap, seed, thorough=False)
+    again = plan(topology, 100 * MB, compute, overlap, seed, thorough=False)
+    assert repr(found.best) == repr(again.best)
+    schedule = found.schedule
+    check_schedule(schedule)
+    check_links(found)
+    assert consensus_rate(schedule) < 1
+    assert 1 <= schedule_parts(schedule) <= 4
+    assert found.best.error == pytest.approx(steady_error(rounds(schedule)))
+    assert found.best.name.startswith(f"planned in {schedule_parts(schedule)} parts") == (schedule_parts(schedule) > 1)
+    least, plain = found.best.seconds, found.alternatives[4].seconds
+    assert least <= SAME_TIME * plain
+
+
+@pytest.mark.parametrize("thorough", [True, False])
+@pytest.mark.parametrize(("slow", "parts"), [(2.5, 4), (5.0, 2)])
+def test_a_slow_host_takes_part_in_a_part_of_the_model(slow, parts, thorough):
+    """Its link carries that part per step, and nobody waits: a step takes little more than a pair of fast hosts."""
+    topology = flat(*[10] * 7, slow)
+    found = plan(topology, 100 * MB, 0.0, thorough=thorough)
+    assert schedule_parts(found.schedule) == parts
+    assert found.best.seconds < (1.01 if thorough else 1.2) * seconds_of(topology, "n0", "up", 1, 100 * MB)
+    for t in range(schedule_period(found.schedule)):
+        assert step_loads(topology, found.schedule, t)["n7", "up"] <= 1 / parts + 1e-9
+    check_links(found)
+
+
+def test_parts_that_save_no_time_are_not_made():
+    for topology in (flat(*[10] * 8), racks(4, 4, trunk=40), flat(10, 10)):
+        assert schedule_parts(plan(topology, 100 * MB, 0.0).schedule) == 1
+    # Nor where compute hides a slow host's pair.
+    assert schedule_parts(plan(flat(*[10] * 7, 2.5), 100 * MB, 1.0).schedule) == 1
+
+
+@pytest.mark.parametrize(("topology", "seconds"), [(flat(*[10] * 7, 2.5), 1), (racks(4, 4, 4, 4, trunk=4), 3)])
+def test_a_plan_may_be_made_while_training(topology, seconds):
+    start = time.process_time()
+    plan(topology, 100 * MB, 0.1, thorough=False)
+    assert time.process_time() - start < 2 * seconds  # half of it on a machine that does nothing else
 
 
 # A plan takes a second: no shrinking.
@@ -185,7 +255,7 @@ def test_each_step_fits_where_compute_hides_one_pair(ranks):
     found = plan(topology, 100 * MB, pair)
     assert found.best.seconds <= SAME_TIME * pair
     for t in range(schedule_period(found.schedule)):
-        for link, models in loads(topology, found.schedule.partition(t)).items():
+        for link, models in step_loads(topology, found.schedule, t).items():
             assert seconds_of(topology, *link, models, 100 * MB) <= SAME_TIME * found.best.seconds
 
 
