@@ -290,21 +290,25 @@ class Leader:
         self._planning: Future[tuple[Plan, str]] | None = None
         self._rates: deque[tuple[float, int]] = deque(maxlen=8)
         self._changed: tuple[float, int] | None = None  # when a change was announced; until all have made it
+        self._heard: dict[int, tuple[int, int]] = {}  # the latest round and part that each rank told of
         self._pause = self._next_look = 0.0
 
-    def begin(self, round_: int) -> None:
-        """A fit begins with this round."""
-        self.word = replace(self.word, until=round_ + _FIRST_ROUNDS, look=None)
+    def begin(self, round_: int, version: int, schedule: Schedule) -> None:
+        """A fit begins with this round; what was announced in an earlier one and not followed any more is forgotten."""
+        self.word = Word(round_ + _FIRST_ROUNDS, version, round_, None, self.word.slowest)
+        self._schedule, self._planning, self._changed = schedule, None, None
         self._rates.clear()
-        self._watch.follow(self._schedule)
+        self._heard.clear()
+        self._watch.follow(schedule)
 
     def hear(self, reports: Sequence[dict[str, Any]], pace: float, now: float) -> None:
         """Take what all ranks report, and make up the next :attr:`word`."""
         for rank, report in enumerate(reports):
             if report["version"] == self.word.version:
-                for sample in report["samples"]:
-                    if sample[0] >= self.word.since:
-                        self._watch.take(now, rank, *sample)
+                for round_, part, *took in report["samples"]:  # in this order; a report has some of the one before
+                    if round_ >= self.word.since and (round_, part) > self._heard.get(rank, (-1, 0)):
+                        self._heard[rank] = round_, part
+                        self._watch.take(now, rank, round_, part, *took)
         farthest = max(report["round"] for report in reports)
         self._allow(farthest, pace, now)
         if self._changed is not None and all(report["version"] == self.word.version for report in reports):
@@ -330,6 +334,7 @@ class Leader:
         computes = [report["compute"] for report in reports if report["compute"] is not None]
         compute = median(computes) if len(computes) == len(reports) else None
         changed = self._watch.judge()
+        self.word = replace(self.word, slowest=float(self._watch.shares.min()))
         if compute is not None and (
             self._compute is None or not 1 / MARGIN < compute / max(self._compute, 1e-9) < MARGIN
         ):
@@ -340,6 +345,8 @@ class Leader:
             self._stale = False
             self._plan()
         elif (look := self._watch.worth_a_look()) is not None and now >= self._next_look:
+            if self.word.look is not None and min(report["round"] for report in reports) <= self.word.look[0]:
+                return  # somebody has not done the one before
             partition, seconds = look
             if self._next_look:
                 self.word = replace(self.word, look=(self.word.until, partition), until=self.word.until + 2)
@@ -387,7 +394,9 @@ class Leader:
             f"{slow}. A step should take {found.best.seconds:.3g} s with {found.best.name}, where it would take"
             f" {present.seconds:.3g} s",
         )
-        self.word = Word(self.word.until + 2, version, self.word.until, None, float(self._watch.shares.min()))
+        # Of a look that was announced, some ranks may not have heard yet: it stays.
+        since = self.word.until
+        self.word = replace(self.word, until=since + 2, version=version, since=since)
         self._schedule = best
         self._watch.follow(best)
         self._changed, self._next_look = (now, version), 0.0
@@ -400,16 +409,27 @@ class Adapting:
         store: With keys that nobody else uses.
         rank: Of this process.
         ranks: Number of ranks.
+        round_: The first one.
+        schedule: Who averages with whom at first.
+        version: Changes of earlier fits.
         leader: On rank 0.
         timeout: How long to wait for rank 0.
     """
 
     def __init__(
-        self, store: Store, rank: int, ranks: int, round_: int, leader: Leader | None, timeout: timedelta | None
+        self,
+        store: Store,
+        rank: int,
+        ranks: int,
+        round_: int,
+        schedule: Schedule,
+        version: int = 0,
+        leader: Leader | None = None,
+        timeout: timedelta | None = None,
     ) -> None:
         self._store, self._rank, self._ranks, self._leader, self._timeout = store, rank, ranks, leader, timeout
         self._pace = _PACE + _PACE_OF_A_RANK * ranks
-        self.version = 0 if leader is None else leader.word.version
+        self.version = version
         self._samples: deque[tuple[int, int, float, int | None]] = deque(maxlen=64)
         self._computes: deque[float] = deque(maxlen=16)
         self._last: tuple[int, float, float] | None = None
@@ -421,7 +441,7 @@ class Adapting:
         self._news = threading.Condition()
         self._wake = threading.Event()
         if leader is not None:
-            leader.begin(round_)
+            leader.begin(round_, version, schedule)
         self._thread = threading.Thread(target=self._run, name="dssync: adapting", daemon=True)
         self._thread.start()
 
@@ -513,9 +533,8 @@ class Adapting:
                 "version": self.version,
                 "took": self._took,
                 "compute": median(self._computes) if len(self._computes) == self._computes.maxlen else None,
-                "samples": list(self._samples),
+                "samples": list(self._samples),  # the latest, also where rank 0 did not see the report before
             }
-            self._samples.clear()
         self._store.set(str(self._rank), json.dumps(report))
 
     def _lead(self, leader: Leader) -> None:

@@ -177,6 +177,7 @@ class DSSyncStrategy(DDPStrategy):
         self._leader: Leader | None = None  # of plans that adapt; on rank 0
         self.adapting: Adapting | None = None  # while fitting
         self._begun: int | None = None  # the round that it was asked for
+        self._changes = 0  # of plans, over all fits
         self._took: dict[str, float] = {}  # seconds of start-up
         self._positions: list[dict[str, int]] = []  # in the schedule, per optimizer: of a checkpoint or an earlier fit
         self._no_loss = False
@@ -460,7 +461,10 @@ class DSSyncStrategy(DDPStrategy):
         self._begun, self.timed = None, True
         for synchronizer in self.synchronizers:
             synchronizer.timed = True
-        self.adapting = Adapting(store, self.global_rank, self.world_size, first.round, self._leader, limit)
+        schedule, ranks = self._groups.schedule, self.world_size
+        self.adapting = Adapting(
+            store, self.global_rank, ranks, first.round, schedule, self._changes, self._leader, limit
+        )
 
     def _stop_following(self) -> None:
         if self.adapting is not None:
@@ -484,6 +488,7 @@ class DSSyncStrategy(DDPStrategy):
                 self._groups.change(change.schedule)
             for synchronizer in self.synchronizers:
                 synchronizer.regroup()
+            self._changes = self.adapting.version
             self.adapting.changed(self._took["change"])
             assert self.lightning_module is not None
             rank_zero_info(

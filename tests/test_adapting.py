@@ -168,7 +168,7 @@ class Came:
         return self.took
 
 
-def ranks_in_threads(topology, rounds_, slow, monkeypatch, jitter=0.004):
+def ranks_in_threads(topology, rounds_, slow, monkeypatch, version, jitter=0.004):
     """Ranks that go through rounds at their own pace; the rounds at which each changed, and to what."""
     monkeypatch.setattr(adapting, "SECONDS", 0.1)
     monkeypatch.setattr(adapting, "PAUSE", 1)
@@ -183,7 +183,9 @@ def ranks_in_threads(topology, rounds_, slow, monkeypatch, jitter=0.004):
 
     def rank_main(rank):
         generator = random.Random(rank)
-        mine = Adapting(store, rank, n, 0, leader if rank == 0 else None, timedelta(seconds=20))
+        mine = Adapting(
+            store, rank, n, 0, leader.found.schedule, version, leader if rank == 0 else None, timedelta(seconds=20)
+        )
         try:
             schedule: Schedule = leader.found.schedule
             arrivals: deque[tuple[int, int, Any]] = deque()
@@ -221,18 +223,20 @@ def ranks_in_threads(topology, rounds_, slow, monkeypatch, jitter=0.004):
     return changes
 
 
-def test_all_ranks_change_before_the_same_round(monkeypatch):
+@pytest.mark.parametrize("version", [0, 3])
+def test_all_ranks_change_before_the_same_round(version, monkeypatch):
+    """Also in a fit after others in which plans have changed."""
     topology = Topology.flat(HOSTS[:4], bandwidth=1.0)
-    changes = ranks_in_threads(topology, 400, 2, monkeypatch)
+    changes = ranks_in_threads(topology, 400, 2, monkeypatch, version)
     assert changes[0]
     assert all(mine == changes[0] for mine in changes)
-    assert [version for _, version, _ in changes[0]] == [*range(1, len(changes[0]) + 1)]
+    assert [found for _, found, _ in changes[0]] == [*range(version + 1, version + len(changes[0]) + 1)]
     assert changes[0][0][0] > 40
 
 
 def test_without_rank_0_a_rank_says_so():
     store = dist.HashStore()
-    mine = Adapting(store, 1, 2, 0, None, timedelta(seconds=0.3))
+    mine = Adapting(store, 1, 2, 0, PAIRS, timeout=timedelta(seconds=0.3))
     begun = time.monotonic()
     with pytest.raises(RuntimeError, match="Rank 1 waited in vain for rank 0 to say whether the schedule changes"):
         mine.at(0)
