@@ -274,7 +274,8 @@ class Paced(LightningModule):
 class Versions(Callback):
     """The step and the schedule after each change."""
 
-    def __init__(self):
+    def __init__(self, progress):
+        self.progress = progress
         self.seen = []
         self.slow = set()  # links that rank 0 takes to be slow
 
@@ -283,15 +284,16 @@ class Versions(Callback):
         if len(self.seen) < strategy.adapting.version:
             self.seen.append((trainer.global_step, repr(strategy._groups.schedule), strategy.adapting.slowest))
         if strategy._leader is not None:
+            self.progress.write_text(str(trainer.global_step))
             self.slow.add(strategy._leader._watch.slow())
 
 
-def fit_on_host(rank, topology, steps):
+def fit_on_host(rank, topology, steps, progress):
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    module, versions = Paced(), Versions()
+    module, versions = Paced(), Versions(progress)
     limit = timedelta(seconds=60)
     strategy = DSSyncStrategy(
         schedule="topology", topology=Topology.parse(topology), timeout=limit, process_group_backend="gloo"
@@ -313,31 +315,33 @@ def fit_on_host(rank, topology, steps):
 
 @pytest.mark.slow
 @pytest.mark.timeout(200)
-def test_a_link_that_is_slow_for_a_while():
+def test_a_link_that_is_slow_for_a_while(tmp_path):
     """A real fit: ranks leave the slow host be, all at the same step, and its coming back is seen as well."""
     try:
         check_machine()
     except ClusterError as error:
         pytest.skip(str(error))
     with Cluster(4, 100, SETTINGS["homogeneous"]) as cluster:
-        over = threading.Event()
+        over, progress = threading.Event(), tmp_path / "step"
+        progress.write_text("0")
 
         def events():
-            if not over.wait(8):
-                cluster.slow(2, 0.25)
-            if not over.wait(14):
-                cluster.slow(2, 1)
+            for step, share in ((40, 0.25), (160, 1.0)):
+                while not over.wait(0.05) and int(progress.read_text() or 0) < step:
+                    pass
+                if not over.is_set():
+                    cluster.slow(2, share)
 
         thread = threading.Thread(target=events)
         thread.start()
         try:
-            ranks = cluster.call(fit_on_host, cluster.description(), 300, timeout=150)
+            ranks = cluster.call(fit_on_host, cluster.description(), 300, progress, timeout=150)
         finally:
             over.set()
             thread.join()
     seen, slow, value, following = ranks[0]
     assert following is None  # the thread ended with the fit
-    assert any("host2 0." in links for links in slow)
+    assert any("host2 0." in links for links in slow), (seen, slow)
     assert all(other[0] == seen for other in ranks)
     assert all(other[2] == value for other in ranks)  # in consensus
     assert min(slowest for _, _, slowest in seen) < 0.5
