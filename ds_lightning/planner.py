@@ -44,7 +44,9 @@ LONGEST_PERIOD = 16
 _CHOSEN_RANKS = 64
 # Lots decide between equals: up to so many ranks they are drawn more than once, the more often the fewer budgets.
 _TRIED_RANKS = 16
-_MOST_TRIES = 8
+_MOST_TRIES = 16
+# So many steps are chosen before those of a plan: the first ones know of no distances.
+_SETTLING = 12
 # So many schedules at most are followed event by event: those that the recurrence takes to be the fastest.
 _FOLLOWED = 48
 # Of a part a member sends this much less at a time, and as many more messages.
@@ -280,7 +282,7 @@ class _Search:
         lengths = ((4, 8, 12) if self.thorough else (4, 8)) if n <= _TRIED_RANKS else (8,)
         for (narrow, wide, every), seed in itertools.product(budgets, range(self.seed, self.seed + tries)):
             periods = sorted({-(-length // every) * every for length in lengths})
-            settle = -(-sum(lengths) // every) * every if self._follows else 0
+            settle = -(-_SETTLING // every) * every if self._follows else 0
             for allowed, only_in_parts in self._allowances(narrow, wide, every):
                 chooser = _Chooser(self.network, seed)
                 partitions = [chooser.partition(allowed[t % every]) for t in range(settle + periods[-1])][settle:]

@@ -111,20 +111,18 @@ def test_plans_in_parts_are_valid_schedules_too(bandwidths, compute, overlap, se
     assert 1 <= schedule_parts(schedule) <= 4
     assert found.best.error == pytest.approx(steady_error(rounds(schedule)))
     assert found.best.name.startswith(f"planned in {schedule_parts(schedule)} parts") == (schedule_parts(schedule) > 1)
-    least, plain = found.best.seconds, found.alternatives[4].seconds
-    assert least <= SAME_TIME * plain
+    assert found.best.seconds <= SAME_TIME * next(o for o in found.alternatives if o.name == BLIND_PAIRS).seconds
 
 
 @pytest.mark.parametrize("thorough", [True, False])
-@pytest.mark.parametrize(("slow", "parts"), [(2.5, 4), (5.0, 2)])
-def test_a_slow_host_takes_part_in_a_part_of_the_model(slow, parts, thorough):
+def test_a_slow_host_takes_part_in_a_part_of_the_model(thorough):
     """Its link carries that part per step, and nobody waits: a step takes little more than a pair of fast hosts."""
-    topology = flat(*[10] * 7, slow)
+    topology = flat(*[10] * 7, 2.5)
     found = plan(topology, 100 * MB, 0.0, thorough=thorough)
-    assert schedule_parts(found.schedule) == parts
+    assert schedule_parts(found.schedule) == 4
     assert found.best.seconds < (1.01 if thorough else 1.2) * seconds_of(topology, "n0", "up", 1, 100 * MB)
     for t in range(schedule_period(found.schedule)):
-        assert step_loads(topology, found.schedule, t)["n7", "up"] <= 1 / parts + 1e-9
+        assert step_loads(topology, found.schedule, t)["n7", "up"] <= 1 / 4 + 1e-9
     check_links(found)
 
 
