@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +47,21 @@ def rand_augment(augmentation: str, size: int, mean: tuple[float, ...]) -> list[
         if not re.fullmatch(r"rand(-[a-z]+\d+(\.\d+)?)+", augmentation):
             raise ValueError
         fill = tuple(min(255, round(255 * m)) for m in mean)
-        return [rand_augment_transform(augmentation, {"translate_const": int(0.45 * size), "img_mean": fill})]
+        transform = rand_augment_transform(augmentation, {"translate_const": int(0.45 * size), "img_mean": fill})
+        for op in transform.ops:
+            if op.name.startswith("Posterize"):
+                op.level_fn = partial(_keep_a_bit, op.level_fn)
+        return [transform]
     except (AssertionError, ValueError):
         raise ValueError(
             f"data.augmentation is {augmentation!r}, but must be standard or a RandAugment of timm. "
             "HINT: rand-m9-mstd0.5-inc1"
         ) from None
+
+
+def _keep_a_bit(level_fn: Callable[..., tuple[int]], level: float, hparams: dict[str, Any]) -> tuple[int]:
+    """At its strongest timm would keep no bit of a colour, which Pillow refuses from version 13 on."""
+    return (max(1, level_fn(level, hparams)[0]),)
 
 
 class Digits(RecipeData):

@@ -20,7 +20,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 
 from ds_lightning.shards import shards
 from recipes.data import RecipeData, ResumableLoader, Shuffle, even_batch_size
-from recipes.images import CIFAR_STATISTICS, Cifar, Digits, ImageNet
+from recipes.images import CIFAR_STATISTICS, Cifar, Digits, ImageNet, rand_augment
 from recipes.task import cosine_decay, linear_decay
 from recipes.wide_resnet import ImageClassifier, timm_model, wide_resnet
 from tests.ranks import fit_and_test_on_two_ranks
@@ -359,6 +359,15 @@ def test_rand_augment_follows_the_usual_augmentation(tmp_path, monkeypatch):
         assert [type(t).__name__ for t in view].index("RandAugment") == 2
         assert next(iter(data.train_dataloader()))[0].shape == (4, 3, 32, 32)
         assert "RandAugment" not in repr(data.test_set.transform)
+
+
+@pytest.mark.parametrize("policy", ["rand-m10-inc1", "rand-m0", "rand-m15-mstd0.5-mmax30-inc1"])
+def test_rand_augment_at_its_strongest(policy):
+    (transform,) = rand_augment(policy, 32, (0.5, 0.5, 0.5))
+    image = Image.new("RGB", (32, 32), (200, 100, 50))
+    for op in transform.ops:
+        op.prob = 1.0
+        assert op(image).size == (32, 32)
 
 
 @pytest.mark.parametrize("bad", ["nonsense", "rand", "rand-mx", "rand-m9-foo1", "augmix-m3", "rand-m9-mstd0.5-", ""])
