@@ -22,10 +22,10 @@ import json
 import math
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from statistics import median
 from typing import Any
@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 from torch.distributed.distributed_c10d import Store
 
-from ds_lightning.cost import Floats, Network, Round, rounds
+from ds_lightning.cost import Floats, Network, rounds
 from ds_lightning.groups import name_timeout
 from ds_lightning.payload import Arrivals
 from ds_lightning.planner import PRESENT, Plan, plan
@@ -97,6 +97,7 @@ class Watch:
 
     def __init__(self, network: Network, schedule: Schedule, size: float) -> None:
         self._network, self._size = network, size
+        self._seconds = (size * network.seconds_per_byte).tolist()  # of a model on each link
         self.shares: Floats = np.ones(len(network.nodes))
         self.follow(schedule)
 
@@ -104,8 +105,11 @@ class Watch:
         """From here on averages are those of this schedule."""
         self._parts = schedule_parts(schedule)
         self._period = rounds(schedule)
+        self._crossed = [self._network.crossed(groups) for groups in self._period]
+        # Models on each link: in the step of each round, and in one that looks at it.
+        self._step = [self._network.traffic(*self._period.step(t)) for t in range(len(self._period))]
         self._traffic = [self._network.traffic(groups) for groups in self._period]
-        self._looks: dict[int, int] = {}  # rounds that average all parts in one partition
+        self._look: tuple[int, int] | None = None  # a round, and the partition in which it averages all parts
         # Round, part, group: by rank seconds per byte, and whose messages came last.
         self._incomplete: dict[tuple[int, int, int], dict[int, tuple[float, int | None]]] = {}
         self._looked: list[_Average] = []
@@ -113,14 +117,15 @@ class Watch:
 
     def look(self, round_: int, partition: int) -> None:
         """That round averages all parts in this partition."""
-        self._looks = {round_: partition}
+        self._look = round_, partition
         self._looked.clear()
 
     def take(
         self, now: float, rank: int, round_: int, part: int, seconds_per_byte: float, last: int | None = None
     ) -> None:
         """What an average of a part took a rank, per byte of it, and whose messages came last; told at ``now``."""
-        partition = self._looks.get(round_, (round_ + part) % len(self._period))
+        looking = self._look is not None and self._look[0] == round_
+        partition = self._look[1] if self._look is not None and looking else (round_ + part) % len(self._period)
         groups = self._period[partition]
         group = int(groups.group_of[rank])
         came = self._incomplete.setdefault((round_, part, group), {})
@@ -128,38 +133,21 @@ class Watch:
         if len(came) < groups.sizes[group]:
             return
         del self._incomplete[round_, part, group]
-        members = sorted(came)
-        links = [node for node, models in enumerate(self._network.traffic(_alone(groups, members))) if models]
-        if links:
-            together = self._of_step(round_)
+        if links := self._crossed[partition][group]:
+            together = self._traffic[partition] if looking else self._step[round_ % len(self._period)]
             seconds = max(took for took, _ in came.values()) * self._size / self._parts
-            lasts = [
-                int(node)
-                for _, late in came.values()
-                if late is not None
-                for node in self._network.above[:, late]
-                if node >= 0
-            ]
-            traffic = {node: float(together[node]) for node in links}
-            told_by = sum(late is not None for _, late in came.values())
-            average = _Average(now, round_, seconds, traffic, Counter(lasts), told_by)
-            if round_ in self._looks:
+            lasts = [late for _, late in came.values() if late is not None]
+            average = _Average(now, round_, seconds, {node: float(together[node]) for node in links}, lasts)
+            if looking:
                 self._looked.append(average)
             self._averages.append(average)
-        for key in [key for key in self._incomplete if key[0] < round_ - 4 * len(self._period)]:
-            del self._incomplete[key]
-
-    def _of_step(self, round_: int) -> Floats:
-        """Models on each link in a step, of all parts."""
-        if round_ in self._looks:
-            return self._traffic[self._looks[round_]]
-        at = [(round_ + part) % len(self._period) for part in range(self._parts)]
-        traffic: Floats = np.mean([self._traffic[i] for i in at], axis=0)
-        return traffic
 
     def judge(self) -> bool:
         """Bring the shares up to date; whether any of them changed."""
         before = self.shares.copy()
+        newest = max((average.round for average in self._averages), default=0)
+        for key in [key for key in self._incomplete if key[0] < newest - 4 * len(self._period)]:
+            del self._incomplete[key]  # somebody's word was lost
         latest: dict[int, list[_Average]] = {}
         for average in sorted(self._averages, key=lambda a: -a.round):
             for node in average.traffic:
@@ -199,15 +187,14 @@ class Watch:
         Of links behind each other the one with fewer ranks behind it, if most say that it was one of these.
         """
         slow = [a for a in self._averages if node in a.traffic and self._slower(a) > MARGIN]
-        lasts = sum(average.lasts[node] for average in slow)
-        most = 2 * lasts > sum(average.told_by for average in slow)
-        behind = int((self._network.above == node).sum())
-        return len(slow), most, -behind if most else lasts, lasts
+        behind = (self._network.above == node).any(axis=0)
+        lasts = sum(bool(behind[rank]) for average in slow for rank in average.lasts)
+        most = 2 * lasts > sum(len(average.lasts) for average in slow)
+        return len(slow), most, -int(behind.sum()) if most else lasts, lasts
 
     def _needs(self, average: _Average) -> dict[int, float]:
         """Seconds that each link needs for what a step puts on it."""
-        per_model = self._size * self._network.seconds_per_byte / self.shares
-        return {node: models * float(per_model[node]) for node, models in average.traffic.items()}
+        return {node: models * self._seconds[node] / self.shares[node] for node, models in average.traffic.items()}
 
     def _slower(self, average: _Average) -> float:
         """How many times longer it took than its busiest link needs."""
@@ -241,7 +228,7 @@ class Watch:
         best = int(np.argmax(told))
         if not told[best]:
             return None
-        return best, float((self._traffic[best] * self._network.seconds_per_byte / self.shares).max()) * self._size
+        return best, float((self._traffic[best] * self._seconds / self.shares).max())
 
 
 @dataclass(frozen=True)
@@ -250,8 +237,7 @@ class _Average:
     round: int
     seconds: float
     traffic: dict[int, float]  # models that its step puts on each of its links
-    lasts: Counter[int]  # how many members waited longest for one behind the link
-    told_by: int  # members that told for whom they waited
+    lasts: list[int]  # for whom members waited longest, of each that knows it
 
 
 def _quarter(values: Iterable[float]) -> float:
@@ -260,43 +246,37 @@ def _quarter(values: Iterable[float]) -> float:
     return ordered[len(ordered) // 4]
 
 
-def _alone(groups: Round, members: Sequence[int]) -> Round:
-    """A partition with these members together and everybody else alone."""
-    n = len(groups.group_of)
-    group_of = np.arange(n)
-    group_of[list(members)] = members[0]
-    _, group_of, sizes = np.unique(group_of, return_inverse=True, return_counts=True)
-    return Round(group_of, sizes)
-
-
-@dataclass
 class Leader:
     """What rank 0 decides.
 
     Args:
         found: The plan that ranks follow at first.
         seed: Of plans.
+
+    Attributes:
+        word: What ranks are to know now.
+        change: The plan that ``word.version`` names, once it has changed.
     """
 
-    found: Plan
-    seed: int
-    word: Word = field(default_factory=lambda: Word(0))
-    changes: dict[int, Change] = field(default_factory=dict)  # by version
-
-    def __post_init__(self) -> None:
-        self._schedule: Schedule = self.found.schedule
-        self._watch = Watch(self.found.network, self._schedule, self.found.size)
-        self._compute = self.found.compute
+    def __init__(self, found: Plan, seed: int) -> None:
+        self.found, self._seed = found, seed
+        self.word = Word(0)
+        self.change: Change | None = None
+        self._schedule: Schedule = found.schedule
+        self._watch = Watch(found.network, self._schedule, found.size)
+        self._compute = found.compute
         self._planning: Future[tuple[Plan, str]] | None = None
         self._rates: deque[tuple[float, int]] = deque(maxlen=8)
-        self._changed: tuple[float, int] | None = None  # when a change was announced; until all have made it
         self._heard: dict[int, tuple[int, int]] = {}  # the latest round and part that each rank told of
         self._pause = self._next_look = 0.0
+        self._announced = False  # a change that not all ranks have made
+        self._stale = False  # whether what is known has changed since the latest plan
+        self._full = True  # whether the present plan was made for links as the topology states them
 
     def begin(self, round_: int, version: int, schedule: Schedule) -> None:
         """A fit begins with this round; what was announced in an earlier one and not followed any more is forgotten."""
         self.word = Word(round_ + _FIRST_ROUNDS, version, round_, None, self.word.slowest)
-        self._schedule, self._planning, self._changed = schedule, None, None
+        self._schedule, self._planning, self._announced = schedule, None, False
         self._rates.clear()
         self._heard.clear()
         self._watch.follow(schedule)
@@ -311,10 +291,10 @@ class Leader:
                         self._watch.take(now, rank, round_, part, *took)
         farthest = max(report["round"] for report in reports)
         self._allow(farthest, pace, now)
-        if self._changed is not None and all(report["version"] == self.word.version for report in reports):
-            self._pause, self._changed = now + PAUSE * max(report["took"] for report in reports), None
-        if self._changed is None:
-            self._decide(reports, pace, now)
+        if self._announced and all(report["version"] == self.word.version for report in reports):
+            self._pause, self._announced = now + PAUSE * max(report["took"] for report in reports), False
+        if not self._announced:
+            self._decide(reports, now)
 
     def _allow(self, farthest: int, pace: float, now: float) -> None:
         self._rates.append((now, farthest))
@@ -325,11 +305,11 @@ class Leader:
             lead = max(lead, 2 * _FIRST_ROUNDS if now - earlier < 1 else lead)
         self.word = replace(self.word, until=max(self.word.until, farthest + 1 + lead))
 
-    def _decide(self, reports: Sequence[dict[str, Any]], pace: float, now: float) -> None:
+    def _decide(self, reports: Sequence[dict[str, Any]], now: float) -> None:
         if self._planning is not None:
             if self._planning.done():
                 planned, self._planning = self._planning, None
-                self._consider(*planned.result(), now)
+                self._consider(*planned.result())
             return
         computes = [report["compute"] for report in reports if report["compute"] is not None]
         compute = median(computes) if len(computes) == len(reports) else None
@@ -349,13 +329,10 @@ class Leader:
                 return  # somebody has not done the one before
             partition, seconds = look
             if self._next_look:
-                self.word = replace(self.word, look=(self.word.until, partition), until=self.word.until + 2)
-                assert self.word.look is not None
-                self._watch.look(*self.word.look)
+                round_ = self.word.until
+                self.word = replace(self.word, look=(round_, partition), until=round_ + 2)
+                self._watch.look(round_, partition)
             self._next_look = now + LOOK * seconds
-
-    _stale = False  # whether what is known has changed since the latest plan
-    _full = True  # whether the present plan was made for links as the topology states them
 
     def _plan(self) -> None:
         self._planning = Future()
@@ -368,7 +345,7 @@ class Leader:
                     self.found.size,
                     self._compute,
                     self.found.overlap,
-                    self.seed,
+                    self._seed,
                     thorough=False,
                     present=self._schedule,
                 )
@@ -378,7 +355,7 @@ class Leader:
 
         threading.Thread(target=run, name="dssync: planning", daemon=True).start()
 
-    def _consider(self, found: Plan, slow: str, now: float) -> None:
+    def _consider(self, found: Plan, slow: str) -> None:
         present = next(option for option in found.alternatives if option.name == PRESENT)
         back = bool((self._watch.shares == 1).all())
         worth = present.seconds >= (1.0 if back and not self._full else GAIN) * found.best.seconds
@@ -388,18 +365,17 @@ class Leader:
         planned = found.schedule
         partitions = [planned.partition(t) for t in range(schedule_period(planned))]
         best = CyclicSchedule(partitions, schedule_parts(planned))
-        version = self.word.version + 1
-        self.changes[version] = Change(
+        self.change = Change(
             best,
             f"{slow}. A step should take {found.best.seconds:.3g} s with {found.best.name}, where it would take"
             f" {present.seconds:.3g} s",
         )
         # Of a look that was announced, some ranks may not have heard yet: it stays.
         since = self.word.until
-        self.word = replace(self.word, until=since + 2, version=version, since=since)
+        self.word = replace(self.word, until=since + 2, version=self.word.version + 1, since=since)
         self._schedule = best
         self._watch.follow(best)
-        self._changed, self._next_look = (now, version), 0.0
+        self._announced, self._next_look = True, 0.0
 
 
 class Adapting:
@@ -429,7 +405,7 @@ class Adapting:
     ) -> None:
         self._store, self._rank, self._ranks, self._leader, self._timeout = store, rank, ranks, leader, timeout
         self._pace = _PACE + _PACE_OF_A_RANK * ranks
-        self.version = version
+        self.version = self._told = version  # told: by rank 0
         self._samples: deque[tuple[int, int, float, int | None]] = deque(maxlen=64)
         self._computes: deque[float] = deque(maxlen=16)
         self._last: tuple[int, float, float] | None = None
@@ -540,11 +516,11 @@ class Adapting:
     def _lead(self, leader: Leader) -> None:
         told = self._store.multi_get([str(rank) for rank in range(self._ranks)])
         leader.hear([json.loads(report) for report in told], self._pace, time.monotonic())
-        if leader.word.version in leader.changes:
-            change = leader.changes.pop(leader.word.version)
+        if (change := leader.change) is not None and leader.word.version != self._told:
+            self._told = leader.word.version
             partitions = [change.schedule.partition(t) for t in range(change.schedule.period)]
             content = {"partitions": partitions, "parts": change.schedule.parts, "why": change.why}
-            self._store.set(f"plan {leader.word.version}", json.dumps(content))
+            self._store.set(f"plan {self._told}", json.dumps(content))
         self._store.set("word", json.dumps(asdict(leader.word)))
 
     def _listen(self) -> None:

@@ -153,6 +153,14 @@ class Network:
                 np.add.at(traffic, node, crossing)
         return traffic / len(parts)
 
+    def crossed(self, groups: Round) -> list[list[int]]:
+        """The nodes whose links each group crosses."""
+        found: list[list[int]] = [[] for _ in groups.sizes]
+        for nodes, numbers, _ in self._crossings(groups):
+            for node, number in zip(nodes.tolist(), numbers.tolist(), strict=True):
+                found[number].append(node)
+        return found
+
     def seconds(self, groups: Round, size: float, traffic: Floats | None = None) -> Floats:
         """What each group of a step takes, shape (groups,).
 

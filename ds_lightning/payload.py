@@ -257,15 +257,12 @@ class _Trip:
     def _wait(self) -> None:
         if self._error is not None:
             raise self._error
-        if self._grouped:  # into one work
-            for work in self._works:
-                work.wait()
-            return
-        begun = time.perf_counter()
-        for work, peer in zip(self._works, self._peers, strict=True):
+        begun, each = time.perf_counter(), len(self._works) == len(self._peers)  # or all are one work, as with NCCL
+        for i, work in enumerate(self._works):
             work.wait()
             now = time.perf_counter()
-            self.waits[peer] = self.waits.get(peer, 0.0) + now - begun
+            if each:
+                self.waits[self._peers[i]] = self.waits.get(self._peers[i], 0.0) + now - begun
             begun = now
 
 

@@ -22,7 +22,7 @@ def concentration(partition: str) -> float | None:
     except ValueError:
         pass
     raise ValueError(
-        f"partition={partition!r} must be iid, by_label or dirichlet:ALPHA with ALPHA > 0."
+        f"partition is {partition!r}, but must be iid, by_label or dirichlet:ALPHA with ALPHA > 0."
         " HINT: dirichlet:0.1 is strongly skewed, dirichlet:10 nearly iid."
     )
 

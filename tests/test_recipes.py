@@ -109,7 +109,7 @@ def test_shards_by_label_hold_few_labels_and_a_dirichlet_as_many_as_its_paramete
     "partition", ["byy_label", "dirichlet", "dirichlet:0", "dirichlet:x", "dirichlet:inf", "iid:1"]
 )
 def test_a_partition_that_does_not_exist_is_refused(partition):
-    with pytest.raises(ValueError, match=r"partition=.* must be iid, by_label or dirichlet:ALPHA.*HINT"):
+    with pytest.raises(ValueError, match=r"partition is .*, but must be iid, by_label or dirichlet:ALPHA.*HINT"):
         Digits(16, partition=partition)
 
 
