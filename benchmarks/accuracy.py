@@ -211,6 +211,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--depth", type=int, default=10, help="of the WideResNet (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=8, help="images per worker and step (default: %(default)s)")
     parser.add_argument(
+        "--compute",
+        type=float,
+        metavar="SECONDS",
+        help="forward and backward take so long at least, as on an accelerator, and plans are made for that (default:"
+        " as long as they take here, which plans do not know)",
+    )
+    parser.add_argument(
         "--lr",
         type=float,
         default=0.05,
@@ -243,6 +250,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         value = getattr(args, name)
         if not (value > 0 and math.isfinite(value)):
             parser.error(f"--{name} is {value}, but must be positive")
+    if args.compute is not None and not 0 <= args.compute < math.inf:
+        parser.error(f"--compute is {args.compute}, but must be at least 0")
     if not 0 < args.target <= 1:
         parser.error(f"--target is {args.target}, but an accuracy is above 0 and at most 1")
     if args.eval_every < 1 or args.steps % args.eval_every:
@@ -258,7 +267,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         args.slow = Slow.parse(args.slow, args.hosts) if args.slow is not None else None
         args.training = Training(
             *(args.width, args.depth, args.batch_size, args.lr, args.steps, args.eval_every, args.target),
-            args.stop_at_target,
+            *(args.stop_at_target, args.compute),
         )
         with torch.device("meta"):
             args.parameters = sum(p.numel() for p in args.training.net().parameters())

@@ -117,17 +117,19 @@ class Pace:
         time.sleep(max(0.0, self.due - time.perf_counter()))
 
 
-class _Paced(torch.autograd.Function):
+class Paced(torch.autograd.Function):
     """The identity, which takes its time: a third in forward, two thirds in backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, pace: Pace, seconds: float) -> Tensor:
+        """A third of the seconds."""
         ctx.pace, ctx.seconds = pace, seconds
         pace.wait(seconds / 3)
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        """The others."""
         ctx.pace.wait(ctx.seconds * 2 / 3)
         return gradients[0], None, None
 
@@ -145,7 +147,7 @@ class PacedNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         self.pace.restart()
         for layer in self.layers:
-            x = _Paced.apply(torch.tanh(layer(x)), self.pace, self.seconds)
+            x = Paced.apply(torch.tanh(layer(x)), self.pace, self.seconds)
         return x
 
 
@@ -260,8 +262,10 @@ def check_arm(arm: str, hosts: int) -> str:
     return arm
 
 
-def make_strategy(arm: str, parameter_bytes: int, timeout: float, topology: str | None = None) -> Strategy:
-    """The strategy of an arm; its collectives wait `timeout` seconds, and plans are for `topology`."""
+def make_strategy(
+    arm: str, parameter_bytes: int, timeout: float, topology: str | None = None, compute: float | None = None
+) -> Strategy:
+    """The strategy of an arm; its collectives wait `timeout` seconds, and plans are for `topology` and `compute`."""
     limit = timedelta(seconds=timeout)
     if arm == COMPUTE:
         return SingleDeviceStrategy(torch.device("cpu"))
@@ -269,7 +273,7 @@ def make_strategy(arm: str, parameter_bytes: int, timeout: float, topology: str 
         options = dssync_options(arm)
         if options.get("schedule") == "topology":
             assert topology is not None
-            options["topology"] = Topology.parse(topology)
+            options |= {"topology": Topology.parse(topology), "compute": compute}
         return DSSyncStrategy(timeout=limit, process_group_backend="gloo", **options)
     if arm == "ddp-default":
         return DDPStrategy(timeout=limit, process_group_backend="gloo")

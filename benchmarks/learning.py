@@ -13,13 +13,14 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
+from timm.models.resnetv2 import PreActBasic
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, DistributedSampler
 from typing_extensions import override
 
-from benchmarks.arms import COMPUTE, make_strategy, prepare
+from benchmarks.arms import COMPUTE, Pace, Paced, make_strategy, prepare
 from ds_lightning.consensus import consensus_of
 from recipes.images import Digits
 from recipes.wide_resnet import wide_resnet
@@ -41,6 +42,8 @@ class Training:
         eval_every: Steps between two evaluations.
         target: Test accuracy to reach.
         stop_at_target: Whether a run ends where two evaluations in a row have reached it.
+        compute: Seconds that forward and backward take at least, as on an accelerator of that speed: plans are made
+            for it. None: as long as they take here, which plans do not know.
     """
 
     width: int
@@ -51,6 +54,7 @@ class Training:
     eval_every: int
     target: float
     stop_at_target: bool
+    compute: float | None = None
 
     def net(self) -> nn.Module:
         """The network, with new weights. Raises ValueError for a depth or width of no network."""
@@ -109,6 +113,11 @@ class Classifier(LightningModule):
         super().__init__()
         self.training_options = training
         self.net = training.net()
+        self.pace = Pace()
+        if training.compute is not None:
+            blocks = [block for block in self.net.modules() if isinstance(block, PreActBasic)]
+            for block in blocks:
+                block.register_forward_hook(partial(self._wait, training.compute / len(blocks)))
         self.hits = torch.zeros(2, dtype=torch.long)  # and images
         self.accuracy = 0.0
 
@@ -117,9 +126,14 @@ class Classifier(LightningModule):
         logits: Tensor = self.net(images)
         return logits
 
+    def _wait(self, seconds: float, block: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        waited: Tensor = Paced.apply(output, self.pace, seconds) if self.training else output
+        return waited
+
     @override
     def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         images, labels = batch
+        self.pace.restart()
         return F.cross_entropy(self(images), labels)
 
     @override
@@ -241,7 +255,7 @@ def learn(
         accelerator="cpu",
         devices=1,
         num_nodes=1 if alone else world_size,
-        strategy=make_strategy(arm, size, timeout, topology),
+        strategy=make_strategy(arm, size, timeout, topology, training.compute),
         max_epochs=-1,
         max_steps=training.steps,
         val_check_interval=training.eval_every,

@@ -18,6 +18,7 @@ nobody begins a round that is not allowed yet, and what is changed begins with t
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import threading
@@ -35,7 +36,7 @@ from torch.distributed.distributed_c10d import Store
 
 from ds_lightning.cost import Floats, Network, rounds
 from ds_lightning.groups import name_timeout
-from ds_lightning.payload import Arrivals
+from ds_lightning.payload import Arrivals, seconds_per_byte
 from ds_lightning.planner import PRESENT, Plan, plan
 from ds_lightning.schedule import CyclicSchedule, Schedule, schedule_parts, schedule_period
 from ds_lightning.topology import Link, Topology
@@ -52,9 +53,11 @@ PAUSE = 10
 # So it is with rounds that look whether a link has recovered, but these are of no use if it has not.
 LOOK = 20
 # Seconds between looks into the store: for few ranks, and more for each of them.
-_PACE, _PACE_OF_A_RANK = 0.25, 0.002
+_PACE, _PACE_OF_A_RANK = 0.1, 0.002
 # Rounds are allowed so many of these ahead, at first a fixed number of rounds.
-_AHEAD, _FIRST_ROUNDS = 4, 16
+_AHEAD, _FIRST_ROUNDS = 5, 16
+# Times are told so many times: rank 0 may look in a little later.
+_TOLD = 8
 # While a rank waits to be allowed a round.
 _HURRY = 0.02
 
@@ -123,7 +126,10 @@ class Watch:
     def take(
         self, now: float, rank: int, round_: int, part: int, seconds_per_byte: float, last: int | None = None
     ) -> None:
-        """What an average of a part took a rank, per byte of it, and whose messages came last; told at ``now``."""
+        """What an average of a part took a rank, per byte of it, and whose messages came last; told at ``now``.
+
+        In a round that looks it is all parts.
+        """
         looking = self._look is not None and self._look[0] == round_
         partition = self._look[1] if self._look is not None and looking else (round_ + part) % len(self._period)
         groups = self._period[partition]
@@ -135,7 +141,7 @@ class Watch:
         del self._incomplete[round_, part, group]
         if links := self._crossed[partition][group]:
             together = self._traffic[partition] if looking else self._step[round_ % len(self._period)]
-            seconds = max(took for took, _ in came.values()) * self._size / self._parts
+            seconds = max(took for took, _ in came.values()) * self._size / (1 if looking else self._parts)
             lasts = [late for _, late in came.values() if late is not None]
             average = _Average(now, round_, seconds, {node: float(together[node]) for node in links}, lasts)
             if looking:
@@ -162,7 +168,7 @@ class Watch:
         for node in np.flatnonzero(self.shares < 1).tolist():
             if looked := [average for average in self._looked if node in average.traffic]:
                 took = [average.seconds / self._needs(average)[node] for average in looked]
-                faster = median(took) if max(took) < 1 / MARGIN else 1.0  # a few parts: one may only seem to be fast
+                faster = max(took)
             else:
                 took = [average.seconds / self._needs(average)[node] for average in enough.get(node, ())]
                 faster = _quarter(took) if took else 1.0
@@ -173,8 +179,8 @@ class Watch:
             if not suspects:
                 break
             blamed = max(suspects, key=self._explains)
-            # By how much, those say that began when it was slow already.
-            self.shares[blamed] /= median(map(self._slower, enough.pop(blamed)))
+            # By how much, those do not say that began before.
+            self.shares[blamed] /= median(s for s in map(self._slower, enough.pop(blamed)) if s > MARGIN)
         changed = np.abs(np.log(self.shares / before)) > 1e-9
         if changed.any():
             self._averages.clear()
@@ -266,7 +272,7 @@ class Leader:
         self._watch = Watch(found.network, self._schedule, found.size)
         self._compute = found.compute
         self._planning: Future[tuple[Plan, str]] | None = None
-        self._rates: deque[tuple[float, int]] = deque(maxlen=8)
+        self._rates: deque[tuple[float, int]] = deque(maxlen=16)
         self._heard: dict[int, tuple[int, int]] = {}  # the latest round and part that each rank told of
         self._pause = self._next_look = 0.0
         self._announced = False  # a change that not all ranks have made
@@ -298,7 +304,7 @@ class Leader:
 
     def _allow(self, farthest: int, pace: float, now: float) -> None:
         self._rates.append((now, farthest))
-        (earlier, then), lead = self._rates[0], 2
+        (earlier, then), lead = self._rates[0], 1
         if now - earlier > 0:
             lead = max(lead, math.ceil((farthest - then) / (now - earlier) * _AHEAD * pace))
         if farthest >= self.word.until - 1:  # ranks are, or soon will be, waiting: they are faster than was thought
@@ -406,9 +412,11 @@ class Adapting:
         self._store, self._rank, self._ranks, self._leader, self._timeout = store, rank, ranks, leader, timeout
         self._pace = _PACE + _PACE_OF_A_RANK * ranks
         self.version = self._told = version  # told: by rank 0
-        self._samples: deque[tuple[int, int, float, int | None]] = deque(maxlen=64)
+        self._samples: list[tuple[int, int, float, int | None]] = []  # not told yet
+        self._told_samples: deque[list[tuple[int, int, float, int | None]]] = deque(maxlen=_TOLD - 1)
         self._computes: deque[float] = deque(maxlen=16)
         self._last: tuple[int, float, float] | None = None
+        self._looks: int | None = None  # the latest round in which all parts went the same way
         self._round, self._took = round_, 0.0
         self._word: Word | None = None
         self._changes: dict[int, Change] = {}
@@ -434,9 +442,14 @@ class Adapting:
             if self._last is not None and self._last[0] == round_ - 1:
                 self._computes.append(max(0.0, now - self._last[1] - (waited - self._last[2])))
             self._last, self._round = (round_, now, waited), round_
-            while arrivals and (seconds := arrivals[0][2].seconds()) is not None:
-                at, part, came = arrivals.popleft()
-                self._samples.append((at, part, seconds / came.size, came.last_member))
+            while arrivals:
+                at, part, _ = arrivals[0]
+                ways = [came for other, _, came in arrivals if other == at] if at == self._looks else [arrivals[0][2]]
+                if (took := seconds_per_byte(ways)) is None:
+                    break
+                for _ in ways:
+                    arrivals.popleft()
+                self._samples.append((at, part, float(f"{took:.4g}"), ways[-1].last_member))
 
     def at(self, round_: int) -> tuple[Change | None, int | None]:
         """The change to make before a round, and the partition that it averages all parts in, if it is to look.
@@ -461,7 +474,10 @@ class Adapting:
             if word.version > self.version and round_ >= word.since:
                 change, self.version = self._changes[word.version], word.version
                 self._samples.clear()
-            look = word.look[1] if word.look is not None and word.look[0] == round_ else None
+                self._told_samples.clear()
+            if word.look is None or word.look[0] != round_:
+                return change, None
+            self._looks, look = word.look
             return change, look
 
     def changed(self, seconds: float) -> None:
@@ -509,8 +525,10 @@ class Adapting:
                 "version": self.version,
                 "took": self._took,
                 "compute": median(self._computes) if len(self._computes) == self._computes.maxlen else None,
-                "samples": list(self._samples),  # the latest, also where rank 0 did not see the report before
+                "samples": [*itertools.chain(*self._told_samples, self._samples)],
             }
+            self._told_samples.append(self._samples)
+            self._samples = []
         self._store.set(str(self._rank), json.dumps(report))
 
     def _lead(self, leader: Leader) -> None:

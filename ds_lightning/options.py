@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import math
 import multiprocessing
 from datetime import timedelta
 from difflib import get_close_matches
+from numbers import Real
 from os import PathLike
 from typing import Any
 
@@ -74,6 +76,21 @@ def check_topology(topology: Any, schedule: Any) -> Topology | str | None:
     except OSError as error:
         hint = "" if "HINT: " in str(error) else ". HINT: name a YAML file."
         raise ValueError(f"topology={str(topology)!r} cannot be read: {error}{hint}") from None
+
+
+def check_compute(compute: Any, schedule: Any) -> float | None:
+    """``compute`` if it is a number of seconds or ``None``, else a ``ValueError``; warns where nothing uses it."""
+    if compute is None:
+        return None
+    is_number = isinstance(compute, Real) and not isinstance(compute, bool)
+    if not is_number or not 0 <= compute < math.inf:
+        raise ValueError(
+            f"compute={compute!r} is no number of seconds of at least 0. HINT: give the seconds that forward and"
+            " backward of a step take, or None where that is not known."
+        )
+    if not (isinstance(schedule, str) and schedule == "topology"):
+        rank_zero_warn(f"dssync: compute={compute!r} has no effect with schedule={schedule!r}.")
+    return float(compute)
 
 
 def check_timeout(timeout: Any) -> None:

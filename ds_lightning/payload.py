@@ -171,10 +171,21 @@ class Arrivals:
         """The other member whose messages came last; None where that is not known."""
         return max(self.waits, key=self.waits.__getitem__, default=None)
 
-    def seconds(self) -> float | None:
-        """What all buckets take, at the pace of those after the first; None if that is not known yet."""
-        seconds = self.last.seconds_since(self.first)
-        return None if seconds is None else seconds / self.share
+
+def seconds_per_byte(arrivals: Sequence[Arrivals]) -> float | None:
+    """What averages took that a rank had in the same group at the same time, per byte; None if that is not known yet.
+
+    From the first bucket of all to the last: one of them may have had the link before the others had it.
+    """
+    begun = arrivals[0].first
+    firsts = [came.first.seconds_since(begun) for came in arrivals]
+    lasts = [came.last.seconds_since(begun) for came in arrivals]
+    if None in firsts or None in lasts:
+        return None
+    earliest, first = min((seconds, i) for i, seconds in enumerate(firsts) if seconds is not None)
+    latest = max(seconds for seconds in lasts if seconds is not None)
+    before = (1 - arrivals[first].share) * arrivals[first].size
+    return (latest - earliest) / (sum(came.size for came in arrivals) - before)
 
 
 @dataclass

@@ -56,6 +56,7 @@ from ds_lightning.launchers import ProcessLauncher, ScriptLauncher
 from ds_lightning.options import (
     check_backend,
     check_bool,
+    check_compute,
     check_ddp_kwargs,
     check_group_size_alone,
     check_start_method,
@@ -106,6 +107,8 @@ class DSSyncStrategy(DDPStrategy):
         topology: The network to plan for: the path of a YAML file or a :class:`~ds_lightning.topology.Topology`, whose
             ranks are found by the names of their hosts; if it has none of these, by its own numbers of ranks. Or
             ``"probe"``: it is measured at the start, see :mod:`ds_lightning.probe`.
+        compute: With ``schedule="topology"``: seconds of forward and backward of a step, which the first plan is made
+            for. ``None``: not known, see :func:`~ds_lightning.planner.plan`.
         overlap: Average while forward and backward run: ``X <- W X - lr U``. ``False`` is the paper's order, after the
             optimizer step: ``X <- W (X - lr U)``; better beyond 16 ranks with small groups.
         sync_every: Optimizer steps between synchronizations. With ``overlap`` one average travels during all of them:
@@ -140,6 +143,7 @@ class DSSyncStrategy(DDPStrategy):
         group_size: int | str = "auto",
         schedule: str | Schedule = "auto",
         topology: Any = None,  # a narrower type makes jsonargparse read the file itself
+        compute: float | None = None,
         overlap: bool = True,
         sync_every: int = 1,
         wire_dtype: str | torch.dtype | None = None,
@@ -161,6 +165,7 @@ class DSSyncStrategy(DDPStrategy):
         check_schedule_name(schedule)
         self.schedule = schedule
         self.topology = check_topology(topology, schedule)
+        self.compute = check_compute(compute, schedule)
         self.overlap = check_bool("overlap", overlap)
         self.sync_every = positive_int("sync_every", sync_every)
         self.wire_dtype = as_wire_dtype(wire_dtype)
@@ -321,6 +326,7 @@ class DSSyncStrategy(DDPStrategy):
         return {
             "group_size": self.group_size,
             "topology": self.topology.to_yaml() if isinstance(self.topology, Topology) else self.topology,
+            "compute": self.compute,
             "overlap": self.overlap,
             "sync_every": self.sync_every,
             "wire_dtype": self.wire_dtype,
@@ -363,9 +369,11 @@ class DSSyncStrategy(DDPStrategy):
         tensors = [*(p for p in module.parameters() if p.requires_grad), *module.buffers()]
         size = sum(wire_bytes(t.numel(), self.wire_dtype or t.dtype) for t in tensors if t.is_floating_point())
 
+        compute = None if self.compute is None else self.sync_every * self.compute  # which an average has to hide in
+
         def conclude(words: list[str]) -> str:
             try:
-                found = plan(network.of_job(hosts), max(1, size), overlap=self.overlap, seed=self.seed)
+                found = plan(network.of_job(hosts), max(1, size), compute, self.overlap, self.seed)
             except ValueError as error:
                 return json.dumps(str(error))
             rank_zero_info(f"dssync: {found.verdict}")

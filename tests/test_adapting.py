@@ -64,13 +64,13 @@ class Run:
         for node, share in self.slow.items():
             load[self.network.nodes.index(node)] /= share
         for part, i in enumerate(at):
-            for group in period[i].partition():
+            for group in period[i].partition() if look is None or part == 0 else []:
                 crossed = {n for rank in group for n in self.network.above[:, rank].tolist() if n >= 0}
                 crossed = {n for n in crossed if not all(n in self.network.above[:, rank] for rank in group)}
                 if len(group) == 1 or not crossed:
                     continue
                 slowest = max(group, key=lambda rank: max(load[n] for n in self.network.above[:, rank]))
-                took = max(load[n] for n in crossed) * parts * self.noise()
+                took = max(load[n] for n in crossed) * (parts if look is None else 1) * self.noise()
                 for rank in group:
                     last = slowest if rank != slowest else group[0] if group[0] != rank else group[1]
                     self.watch.take(0.1 * t, rank, t, part, took, last)
@@ -157,15 +157,24 @@ def test_parts_need_a_look():
 
 
 @dataclass
+class At:
+    """As lanes.Result, of a task that has ended."""
+
+    seconds: float
+
+    def seconds_since(self, other):
+        return self.seconds - other.seconds
+
+
+@dataclass
 class Came:
     """As payload.Arrivals, of an average that is known already."""
 
-    took: float
+    first: At
+    last: At
+    share: float = 1.0
     size: float = SIZE
     last_member: int | None = None
-
-    def seconds(self):
-        return self.took
 
 
 def ranks_in_threads(topology, rounds_, slow, monkeypatch, version, jitter=0.004):
@@ -203,7 +212,9 @@ def ranks_in_threads(topology, rounds_, slow, monkeypatch, version, jitter=0.004
                     if len(members) > 1:
                         factor = 4.0 if slow in members and t >= 40 else 1.0
                         seconds = factor * SIZE * network.seconds_per_byte[0]
-                        arrivals.append((t, part, Came(seconds, SIZE, slow if slow in members else None)))
+                        arrivals.append(
+                            (t, part, Came(At(0), At(seconds), last_member=slow if slow in members else None))
+                        )
             if rank == 0:
                 while len(done) < n - 1:
                     time.sleep(0.01)
