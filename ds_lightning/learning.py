@@ -45,6 +45,8 @@ from ds_lightning.wire import Code, Codec, as_wire_dtype, codec_for
 
 # Beside the schedules of `make_schedule`: what DS-Sync is compared with.
 BASELINES = ("bsp", "local")
+# In one process: each has parameters and states of its own.
+MOST_WORKERS = 4096
 _STATES = {"sgd": ("momentum_buffer",), "adam": ("exp_avg", "exp_avg_sq")}
 
 
@@ -95,8 +97,14 @@ class Experiment:
     def __post_init__(self) -> None:
         for name in ("world_size", "sync_every", "optimizer_state_every", "batch_size", "steps"):
             positive_int(name, getattr(self, name))
+        if self.world_size > MOST_WORKERS:
+            raise ValueError(f"world_size={self.world_size} is too large. HINT: use at most {MOST_WORKERS:,} workers.")
         if self.group_size != "auto":
             check_group_size(self.group_size, self.world_size)
+        if isinstance(self.schedule, str) and self.schedule not in (names := ("grid", "shuffle", "auto", *BASELINES)):
+            raise ValueError(
+                f"schedule={self.schedule!r} is unknown. HINT: use one of {', '.join(names)} or a Schedule."
+            )
         if not isinstance(self.schedule, str):
             make_schedule(self.schedule, self.world_size)  # refuses what is none
             check_schedule(self.schedule)

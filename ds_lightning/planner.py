@@ -49,6 +49,8 @@ _MOST_TRIES = 16
 _SETTLING = 12
 # So many schedules at most are followed event by event: those that the recurrence takes to be the fastest.
 _FOLLOWED = 48
+# All that is tried is worked out link by link on the way up.
+_MOST_LEVELS = 64
 # Of a part a member sends this much less at a time, and as many more messages.
 _MOST_PARTS = 4
 
@@ -174,6 +176,11 @@ def plan(
         _check_number("compute", compute, 0)
     if topology.world_size == 1:
         raise ValueError("the topology has one rank, which has nobody to average with. HINT: give it all ranks.")
+    if (levels := max(len(topology.way_up(host)) for host in topology.hosts)) > _MOST_LEVELS:
+        raise ValueError(
+            f"the topology has hosts with {levels} links to the top, but plans are made for at most {_MOST_LEVELS}."
+            " HINT: leave out switches with one node below them."
+        )
     network = Network(topology)
     search = _Search(network, float(size), compute, overlap, seed, thorough)
     alternatives = (*_alternatives(search), *([] if present is None else [search.option(PRESENT, present)]))

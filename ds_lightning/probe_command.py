@@ -10,12 +10,15 @@ import os
 import socket
 import sys
 import time
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
 from ds_lightning.command import Parser
 
+# All have asked the store before; whoever does not hear rank 0 now has ended.
+_HEARING = timedelta(seconds=5)
 USAGE = "torchrun --nnodes N --nproc-per-node 1 ... -m ds_lightning probe [--output cluster.yaml]"
 
 
@@ -41,19 +44,26 @@ def main(argv: list[str]) -> int:
         job = _job()
     except ValueError as error:
         parser.error(str(error))
-    if job.rank == 0 and args.output is not None:
-        if args.output.is_dir():
-            parser.error(f"{args.output} is a folder. HINT: name a file.")
-        if args.output.exists() and not args.force:
-            parser.error(f"{args.output} exists. HINT: name another file, or add --force.")
-        if not args.output.absolute().parent.is_dir():
-            parser.error(f"{args.output} cannot be written: there is no folder {args.output.parent}. HINT: make it.")
+    refusal = _refuse(args.output, args.force) if job.rank == 0 and args.output is not None else ""
     try:
-        _probe(job, timedelta(seconds=args.timeout), args.output)
+        _probe(job, timedelta(seconds=args.timeout), args.output, refusal)
+    except ValueError as error:
+        parser.error(str(error))
     except (RuntimeError, OSError) as error:
         print(f"python -m ds_lightning probe: rank {job.rank}: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     return 0
+
+
+def _refuse(output: Path, force: bool) -> str:
+    """Why the file cannot be written, if so."""
+    if output.is_dir():
+        return f"{output} is a folder. HINT: name a file."
+    if output.exists() and not force:
+        return f"{output} exists. HINT: name another file, or add --force."
+    if not output.absolute().parent.is_dir():
+        return f"{output} cannot be written: there is no folder {output.parent}. HINT: make it."
+    return ""
 
 
 def _job() -> _Job:
@@ -92,7 +102,8 @@ def _job() -> _Job:
     return _Job(numbers["rank"], numbers["ranks"], address, numbers["port"])
 
 
-def _probe(job: _Job, timeout: timedelta, output: Path | None) -> None:
+def _probe(job: _Job, timeout: timedelta, output: Path | None, refusal: str) -> None:
+    """Raises a ``ValueError`` on all ranks if rank 0 has a refusal."""
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
     from torch.distributed.distributed_c10d import PrefixStore
 
@@ -106,12 +117,21 @@ def _probe(job: _Job, timeout: timedelta, output: Path | None) -> None:
         store = within(timeout, lambda: TCPStore(job.address, job.port, None, server, timeout, wait_for_workers=False))
         own = PrefixStore(f"dssync: probe {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         own.set(f"host {job.rank}", socket.gethostname())
-        keys = [f"host {rank}" for rank in range(job.ranks)]
-        hosts = within(timeout, lambda: [own.get(key).decode() for key in _there(own, keys, timeout)])
+        own.set(f"refusal {job.rank}", refusal)
+        keys = [f"{what} {rank}" for what in ("host", "refusal") for rank in range(job.ranks)]
+        words = within(timeout, lambda: [own.get(key).decode() for key in _there(own, keys, timeout)])
     except RuntimeError as error:
         raise RuntimeError(
             f"the {job.ranks} ranks did not meet at {job.address}:{job.port} within {timeout}: {error}"
         ) from None
+    hosts, refusals = words[: job.ranks], words[job.ranks :]
+    if any(refusals):
+        own.set(f"heard {job.rank}", "")
+        if server:  # the store ends with this process
+            heard = [f"heard {rank}" for rank in range(job.ranks)]
+            with suppress(RuntimeError):
+                within(_HEARING, lambda: _there(own, heard, _HEARING))
+        raise ValueError(next(filter(None, refusals)))
     left = timeout - timedelta(seconds=time.monotonic() - start)
     found = probe(own, job.rank, hosts, timeout=left)
     if job.rank == 0:

@@ -227,6 +227,8 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, Setting, Path]:
     try:
         if positive_int("steps", args.steps) > _MOST_STEPS:
             raise ValueError(f"steps={args.steps} is too large. HINT: use at most {_MOST_STEPS:,}.")
+        if args.event_ranks < 0:
+            raise ValueError(f"event_ranks={args.event_ranks} is negative. HINT: with 0 none are.")
         check_output(args.output, "simulate")
         setting = Setting(
             topology=_topology(args),

@@ -330,13 +330,15 @@ class Topology:
 
     @classmethod
     def from_slurm(cls, text: str, bandwidth: float, latency: float = 0.0, oversubscription: float = 1.0) -> Topology:
-        """The topology that ``scontrol show topology`` prints, with one rank on each host: see `with_ranks`.
+        """The topology that Slurm knows, with one rank on each host: see `with_ranks`.
 
         Slurm knows no bandwidths: its ``LinkSpeed`` has no unit and is not used. Switches with nothing below them are
         left out, several tops are joined by a switch ``network``.
 
         Args:
-            text: What the command printed, or a ``topology.conf``.
+            text: What ``scontrol show topology`` prints, or a ``topology.conf``. Or, for the hosts of a job alone, what
+                ``srun printenv SLURM_TOPOLOGY_ADDR`` prints in it: the switches above each host and its name, with dots
+                between them.
             bandwidth: Gbit/s of the link of each host, both directions.
             latency: Milliseconds one way of each link.
             oversubscription: How many times the links below a switch, added up, exceed its own link.
@@ -358,6 +360,13 @@ class Topology:
             └── s1  12.5 Gbit/s
                 ├── n2  25 Gbit/s, rank 2
                 └── n3  25 Gbit/s, rank 3
+            >>> print(Topology.from_slurm("top.s0.n0 top.s0.n1 top.s1.n2", bandwidth=25))
+            top
+            ├── s0  50 Gbit/s
+            │   ├── n0  25 Gbit/s, rank 0
+            │   └── n1  25 Gbit/s, rank 1
+            └── s1  25 Gbit/s
+                └── n2  25 Gbit/s, rank 2
         """
         from ds_lightning.topology_text import read_slurm
 

@@ -5,12 +5,13 @@ Errors in what is read start with the place: ``cluster.yaml:7: ...``.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import socket
 import threading
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from itertools import groupby
 from queue import Empty, SimpleQueue
@@ -32,6 +33,8 @@ from ds_lightning.topology import (
 
 # Seconds until a name that was asked for counts as unknown.
 _RESOLVING = 10.0
+# A description is nested three deep; more may be meant by no one.
+_MOST_NESTED = 100
 # The line and the value of each key of a YAML mapping.
 _Entry = dict[str, tuple[int, Any]]
 
@@ -117,6 +120,8 @@ def read_yaml(text: str, name: str, resolve: bool) -> Topology:
     import yaml
 
     file = _File(name)
+    if (line := _nested_too_deep(text)) is not None:  # on which the loader in C would crash
+        file.fail(line, f"this is nested more than {_MOST_NESTED} deep. HINT: a topology is nested three deep.")
     try:
         # The loader in C is ten times as fast.
         root = yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
@@ -131,6 +136,18 @@ def read_yaml(text: str, name: str, resolve: bool) -> Topology:
     if root is None:
         file.fail(1, "there is nothing here. HINT: give at least `bandwidth` and `hosts`.")
     return file.topology(root, resolve)
+
+
+def _nested_too_deep(text: str) -> int | None:
+    """The line in which it is."""
+    if lists := re.search(rf"([-?][ \t]+){{{_MOST_NESTED}}}", text):
+        return text.count("\n", 0, lists.start()) + 1
+    depth = 0
+    for bracket in re.finditer(r"[\[\]{}]", text):
+        depth = depth + 1 if bracket[0] in "[{" else max(0, depth - 1)
+        if depth > _MOST_NESTED:
+            return text.count("\n", 0, bracket.start()) + 1
+    return None
 
 
 class _File:
@@ -277,7 +294,9 @@ def read_slurm(text: str, bandwidth: float, latency: float, oversubscription: fl
     """See `Topology.from_slurm`."""
     host_link = Link(bandwidth, bandwidth, latency)
     oversubscription = amount("oversubscription", oversubscription)
-    above, hosts = _slurm_tree(text)
+    words = text.split()
+    of_job = bool(words) and not any("=" in word for word in words)
+    above, hosts = _addresses(words) if of_job else _slurm_tree(text)
     tops = dict.fromkeys(switch for switch in above.values() if switch not in above)
     if len(tops) > 1:
         above |= dict.fromkeys(tops, unused("network", above.keys() | tops.keys()))
@@ -289,6 +308,27 @@ def read_slurm(text: str, bandwidth: float, latency: float, oversubscription: fl
                 links[node] = Link(below[node] / oversubscription, below[node] / oversubscription, latency)
             below[above[node]] += links[node].up
     return Topology(above, links, numbered(hosts))
+
+
+def _addresses(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """The switch above each node, and the hosts in order, of the addresses of a job's tasks."""
+    above: dict[str, str] = {}
+    hosts: dict[str, None] = {}
+    for number, word in enumerate(words, 1):
+        *switches, host = names = word.split(".")
+        fault = "has an empty name" if "" in names else "has a host alone: this Slurm knows no switches"
+        if "" in names or not switches:
+            raise ValueError(
+                f"SLURM_TOPOLOGY_ADDR:{number}: {word!r} {fault}. HINT: describe the network as YAML, or probe it."
+            )
+        for upper, lower in itertools.pairwise(names):
+            if above.setdefault(lower, upper) != upper:
+                raise ValueError(
+                    f"SLURM_TOPOLOGY_ADDR:{number}: {lower} is below {upper} in {word!r}, but below {above[lower]}"
+                    " before. HINT: only trees are understood."
+                )
+        hosts[host] = None
+    return above, list(hosts)
 
 
 def _slurm_tree(text: str) -> tuple[dict[str, str], list[str]]:

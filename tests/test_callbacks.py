@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from ds_lightning import ConsensusMonitor, DSSyncStrategy
+from ds_lightning import ConsensusMonitor, DSSyncStrategy, Topology
 from ds_lightning.callbacks import consensus_distance
 from tests.ranks import run_ranks
 
@@ -290,3 +290,12 @@ def test_bad_every_n_steps(value, message):
 
 def test_a_model_without_trainable_parameters_has_distance_zero():
     assert run_ranks(lambda rank: consensus_distance(nn.Linear(2, 2).requires_grad_(False)), 2) == [(0.0, 0.0)] * 2
+
+
+def test_a_plan_that_adapts_is_logged():
+    options = {"schedule": "topology", "topology": Topology.flat(["a", "b"], bandwidth=1)}
+    rows, _ = rows_of(2, options=options)[:2]
+    assert sorted(rows) == [*range(1, 13)]
+    assert all(row["dssync/plan"] == 0 and row["dssync/slowest_link"] == 1 for row in rows.values())
+    rows, _ = rows_of(2, options=options | {"adapt": False})[:2]
+    assert not any("dssync/plan" in row or "dssync/slowest_link" in row for row in rows.values())

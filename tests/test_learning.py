@@ -405,7 +405,12 @@ def test_what_has_no_consensus_distance_is_drawn(words, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--schedules", "ring"], "schedule='ring' is unknown"),
+        (
+            ["--schedules", "ring"],
+            "schedule='ring' is unknown. HINT: use one of grid, shuffle",
+        ),
+        (["--schedules", "topology"], "schedule='topology' is unknown"),
+        (["--world-size", "100000"], "world_size=100000 is too large. HINT: use at most 4,096"),
         (["--world-size", "0"], "world_size=0 is too small"),
         (["--world-size", "six"], "invalid int value: 'six'"),
         (["--group-size", "many"], "group_size='many' is neither an int nor 'auto'"),

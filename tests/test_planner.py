@@ -57,6 +57,13 @@ def test_every_plan_is_a_valid_schedule_that_reaches_consensus(topology, compute
     assert all(math.isfinite(o.seconds) and o.seconds >= 0 for o in found.alternatives)
 
 
+def test_a_chain_of_switches_is_refused_at_once():
+    above = {f"s{i + 1}": f"s{i}" for i in range(3000)} | {"a": "s3000", "b": "s0"}
+    deep = Topology(above, dict.fromkeys(above, Link(10, 10)), {"a": (0,), "b": (1,)})
+    with pytest.raises(ValueError, match=r"hosts with 3001 links to the top, but .* at most 64\. HINT: leave out"):
+        plan(deep, 100 * MB)
+
+
 @settings(max_examples=3, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(trees(least=2, most=7))
 def test_no_link_carries_more_than_the_plan_states(topology):

@@ -1,5 +1,7 @@
 """Probing: the topology that is written for what was found, and real measurements on one machine and emulated hosts."""
 
+import contextlib
+import io
 import os
 import subprocess
 import sys
@@ -22,6 +24,7 @@ from ds_lightning.bottlenecks import MOST_ROUNDS, Findings
 from ds_lightning.cost import FRAMES
 from ds_lightning.probe import MOST_BYTES, describe, probe
 from ds_lightning.topology import Link, Topology
+from tests.ranks import run_ranks
 from tests.test_benchmarks import needs_cluster
 from tests.test_preemption import Slow
 from tests.test_strategy import RankData, trainer_for
@@ -183,8 +186,6 @@ def test_an_interface_without_an_address_is_named(monkeypatch):
         ([], {"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "99999999"}, "ports are 1 to 65535"),
         (["--timeout", "0"], {}, "--timeout is 0"),
         (["--timeout", "soon"], {}, "invalid float value"),
-        (["--output", "{folder}", "--force"], {"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "1"}, "is a folder"),
-        (["--output", "{folder}/a/b"], {"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "1"}, "there is no folder"),
     ],
 )
 def test_wrong_input_is_one_line(arguments, environment, says, monkeypatch, capsys, tmp_path):
@@ -198,6 +199,24 @@ def test_wrong_input_is_one_line(arguments, environment, says, monkeypatch, caps
     said = capsys.readouterr().err
     assert says in said
     assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(("output", "says"), [("", "is a folder"), ("a/b", "there is no folder"), ("c", "exists")])
+def test_a_file_that_rank_0_cannot_write_ends_all_ranks(output, says, tmp_path):
+    (tmp_path / "c").touch()
+
+    def run(rank):
+        said = io.StringIO()
+        with pytest.raises(SystemExit) as end, contextlib.redirect_stderr(said):
+            main(["probe", "--output", str(tmp_path / output)])
+        return end.value.code, said.getvalue()
+
+    start = time.monotonic()
+    for code, said in run_ranks(run, 3, init=False):
+        assert code == 2
+        assert says in said
+        assert said.count("\n") == 1
+    assert time.monotonic() - start < 20
 
 
 def test_slurm_says_who_and_where(monkeypatch):

@@ -537,18 +537,21 @@ def test_validate_test_and_predict_alone():
     assert all(losses == ranks[0][0] and n == 3 and torch.equal(x, ranks[0][2]) for losses, n, x in ranks)
 
 
+@pytest.mark.parametrize("planned", [False, True])
 @pytest.mark.parametrize("same_trainer", [True, False])
-def test_two_fits_in_a_row(same_trainer):
+def test_two_fits_in_a_row(same_trainer, planned):
     def run(rank):
         module, recorder = Net("sgd"), EveryBatch()
         data = DataLoader(RankData(rank, 5), batch_size=None)
-        trainer = trainer_for(rank, [recorder])
+        options = {"schedule": "topology", "topology": racks("abcd")} if planned else {}
+        strategy = DSSyncStrategy(timeout=timedelta(seconds=20), **options)
+        trainer = trainer_for(rank, [recorder], strategy)
         trainer.fit(module, data)
         first = flat(module)
         if same_trainer:
             trainer.fit_loop.max_epochs = 2
         else:
-            trainer = trainer_for(rank, [recorder])
+            trainer = trainer_for(rank, [recorder], DSSyncStrategy(timeout=timedelta(seconds=20), **options))
         trainer.fit(module, data)
         return first, recorder.values, flat(module)
 
@@ -730,6 +733,23 @@ def test_a_schedule_planned_for_a_network(hosts, tmp_path, monkeypatch):
             reference.step(partial(backward, t))
             for rank, (values, _, _) in enumerate(ranks):
                 assert relative_error(values[t], reference.flat(rank)) < 1e-6
+
+
+@pytest.mark.parametrize("compute", [None, 0.5])
+def test_the_first_plan_is_for_the_time_of_compute_that_is_given(compute):
+    """And for that of all steps between two averages."""
+
+    def run(rank):
+        strategy = DSSyncStrategy(schedule="topology", topology=racks("abcd"), compute=compute, sync_every=3)
+        trainer_for(rank, strategy=strategy).fit(Net(), DataLoader(RankData(rank, 3), batch_size=None))
+        return strategy._leader.found.compute if rank == 0 else None
+
+    assert run_ranks(run, WORLD)[0] == (None if compute is None else 1.5)
+    with pytest.warns(UserWarning, match="compute=0.5 has no effect with schedule='auto'"):
+        DSSyncStrategy(compute=0.5)
+    for wrong in (-1, float("inf"), "0.5", True):
+        with pytest.raises(ValueError, match=f"compute={wrong!r} is no number of seconds of at least 0. HINT: "):
+            DSSyncStrategy(schedule="topology", topology=racks("abcd"), compute=wrong)
 
 
 def test_a_topology_without_the_schedule_for_it_warns():

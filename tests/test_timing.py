@@ -338,6 +338,7 @@ def test_planning_for_too_many_ranks_is_left_out(command, monkeypatch):
         (("--ranks", "16", "--schedules", "none"), "invalid choice"),
         (("--ranks", "16", "--parameters", "much"), "no number of parameters"),
         (("--ranks", "16", "--seed", "-1"), "seed=-1"),
+        (("--ranks", "16", "--event-ranks", "-1"), "event_ranks=-1 is negative"),
         (("--ranks", "30000", "--schedules", "topology"), "takes minutes"),
         (("--topology", "nowhere.yaml"), "no topology nowhere.yaml"),
         (("--topology", "nowhere.yaml", "--ranks", "16"), "--ranks is for generated clusters"),

@@ -448,6 +448,28 @@ def test_slurm_errors_have_their_place(text, message, line):
         Topology.from_slurm(text, 10)
 
 
+def test_slurm_addresses_of_a_jobs_tasks():
+    """One of each task, so that hosts come several times."""
+    topology = Topology.from_slurm("top.s1.n2\ntop.s0.n0\ntop.s0.n0\ntop.s1.n3\n", bandwidth=10, oversubscription=2)
+    assert topology.hosts == ("n2", "n0", "n3")
+    assert topology.children == {"top": ("s1", "s0"), "s1": ("n2", "n3"), "s0": ("n0",)}
+    assert (topology.links["s1"].up, topology.links["s0"].up) == (10, 5)
+    for text, message in [
+        ("n0\nn1", "1: 'n0' has a host alone"),
+        ("s0.n0\ns1..n1", "2: 's1..n1' has an empty name"),
+        ("s0.n0\ns1.n0", "2: n0 is below s1 in 's1.n0', but below s0 before"),
+        ("a.b.n0\nb.a.n1", "2: a is below b|cycle"),
+    ]:
+        with pytest.raises(ValueError, match=f"{message}.* HINT: "):
+            Topology.from_slurm(text, 10)
+
+
+@pytest.mark.parametrize("nested", ["[" * 200_000, "{a: " * 200_000, "- " * 200_000, "hosts:\n  ? " + "? " * 200_000])
+def test_what_is_nested_without_end_is_refused(nested):
+    with pytest.raises(ValueError, match=r"^<text>:[234]: this is nested more than 100 deep. HINT: "):
+        Topology.parse("# a comment\n" + nested)
+
+
 def test_slurm_numbers_are_checked():
     with pytest.raises(ValueError, match="oversubscription=0 is not above zero"):
         Topology.from_slurm(SLURM, 10, oversubscription=0)
