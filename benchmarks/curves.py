@@ -82,6 +82,7 @@ class Row:
         steps: Until the target.
         seconds: Until it, on the clock.
         ratio: ddp's seconds over this arm's, the mean over seeds in which both reached it.
+        run: Seconds of the whole run, on the clock.
         accuracy: At the end.
         spread: Standard deviation of it over seeds, 0 of a single one.
     """
@@ -95,6 +96,7 @@ class Row:
     steps: float | None
     seconds: float | None
     ratio: float | None
+    run: float
     accuracy: float
     spread: float
 
@@ -124,6 +126,7 @@ def summarize(runs: Sequence[Run], target: float) -> list[Row]:
                 steps=statistics.mean(point.step for point in got.values()) if everywhere else None,
                 seconds=statistics.mean(point.seconds for point in got.values()) if everywhere else None,
                 ratio=statistics.mean(ratios) if ratios and everywhere else None,
+                run=statistics.mean(run.curve[-1].seconds for run in mine),
                 accuracy=statistics.mean(final),
                 spread=statistics.stdev(final) if len(final) > 1 else 0.0,
             )
@@ -131,13 +134,22 @@ def summarize(runs: Sequence[Run], target: float) -> list[Row]:
     return rows
 
 
-_COLUMNS = ("arm", "step (s)", "consensus (s)", "steps to target", "seconds to target", "ddp / arm", "final accuracy")
+_COLUMNS = (
+    "arm",
+    "step (s)",
+    "consensus (s)",
+    "steps to target",
+    "seconds to target",
+    "ddp / arm",
+    "run (s)",
+    "final accuracy",
+)
 LEGEND = """\
 step: seconds per step. consensus: seconds that an evaluation adds for making replicas one. To target: until the first
 of two evaluations in a row that reach the target, the mean over seeds; seconds are those of the clock, which runs from
 the first step, also during the consensus, but not while the model is evaluated. ddp / arm: ddp's seconds to the target
-over this arm's, taken within each seed, then the mean; above 1 the arm is faster than ddp. final accuracy: of the test
-split at the last evaluation, mean and standard deviation over seeds.
+over this arm's, taken within each seed, then the mean; above 1 the arm is faster than ddp. run: the clock at the last
+evaluation, the mean. final accuracy: of the test split there, mean and standard deviation over seeds.
 """
 
 
@@ -150,6 +162,7 @@ def _cells(row: Row) -> list[str]:
         missed if row.steps is None else f"{row.steps:.0f}",
         missed if row.seconds is None else f"{row.seconds:.1f}",
         "" if row.ratio is None else f"{row.ratio:.2f}",
+        f"{row.run:.1f}",
         f"{row.accuracy:.4f}" + (f" ± {row.spread:.4f}" if row.seeds > 1 else ""),
     ]
 

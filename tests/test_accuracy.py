@@ -248,14 +248,15 @@ def test_times_to_the_target_are_means_over_seeds_that_all_reached_it():
     mine = rows["a", "dssync"]
     assert (mine.steps, mine.seconds) == (25, (12 + 18) / 2)
     assert mine.ratio == pytest.approx((42 / 12 + 42 / 18) / 2)
+    assert mine.run == 24
     assert mine.accuracy == pytest.approx(0.97)
     assert mine.spread == pytest.approx(0.02 / 2**0.5)
     assert (rows["a", "ddp-bf16"].hits, rows["a", "ddp-bf16"].seconds) == (1, None)
     text = curves.markdown(list(rows.values()), {"a": "Setting A"})
     assert "### Setting A" in text
-    assert "| dssync | 0.500 | 1.000 | 25 | 15.0 | 2.92 | 0.9700 ± 0.0141 |" in text
+    assert "| dssync | 0.500 | 1.000 | 25 | 15.0 | 2.92 | 24.0 | 0.9700 ± 0.0141 |" in text
     assert "| ddp-bf16 | 1.000 | 1.000 | not reached by 1 of 2 seeds |" in text
-    assert "| dssync | 0.500 | 1.000 | not reached | not reached |  | 0.9400 |" in text
+    assert "| dssync | 0.500 | 1.000 | not reached | not reached |  | 24.0 | 0.9400 |" in text
 
 
 def test_every_arm_keeps_its_colour_and_unknown_ones_have_one_of_their_own():
