@@ -178,14 +178,15 @@ def seconds_per_byte(arrivals: Sequence[Arrivals]) -> float | None:
     From the first bucket of all to the last: one of them may have had the link before the others had it.
     """
     begun = arrivals[0].first
-    firsts = [came.first.seconds_since(begun) for came in arrivals]
-    lasts = [came.last.seconds_since(begun) for came in arrivals]
-    if None in firsts or None in lasts:
+    firsts = [seconds for came in arrivals if (seconds := came.first.seconds_since(begun)) is not None]
+    lasts = [seconds for came in arrivals if (seconds := came.last.seconds_since(begun)) is not None]
+    if len(firsts) + len(lasts) < 2 * len(arrivals):
         return None
-    earliest, first = min((seconds, i) for i, seconds in enumerate(firsts) if seconds is not None)
-    latest = max(seconds for seconds in lasts if seconds is not None)
-    before = (1 - arrivals[first].share) * arrivals[first].size
-    return (latest - earliest) / (sum(came.size for came in arrivals) - before)
+    seconds = max(lasts) - min(firsts)
+    # First buckets that came when the first of all did; with the link one after the other it is only that one.
+    soon = min(firsts) + seconds / len(arrivals) / 2
+    before = sum((1 - came.share) * came.size for came, first in zip(arrivals, firsts, strict=True) if first <= soon)
+    return seconds / (sum(came.size for came in arrivals) - before)
 
 
 @dataclass

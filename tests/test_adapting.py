@@ -1,5 +1,6 @@
 """Plans that follow the network: what is made of measured times, and that all ranks change at the same round."""
 
+import itertools
 import logging
 import os
 import random
@@ -25,6 +26,7 @@ from benchmarks.cluster import SETTINGS, Cluster, ClusterError, check_machine
 from ds_lightning import CyclicSchedule, DSSyncStrategy, adapting
 from ds_lightning.adapting import Adapting, Leader, Watch
 from ds_lightning.cost import Network, rounds
+from ds_lightning.payload import seconds_per_byte
 from ds_lightning.planner import plan
 from ds_lightning.schedule import Schedule, schedule_parts
 from ds_lightning.topology import Link, Topology
@@ -243,6 +245,22 @@ def test_all_ranks_change_before_the_same_round(version, monkeypatch):
     assert all(mine == changes[0] for mine in changes)
     assert [found for _, found, _ in changes[0]] == [*range(version + 1, version + len(changes[0]) + 1)]
     assert changes[0][0][0] > 40
+
+
+def test_parts_in_the_same_group_are_one_measurement():
+    """1,000 bytes a second, whether they have the link one after the other or all at once."""
+    ways: list[Any] = [Came(At(start), At(start + 0.2), share=2 / 3, size=300) for start in (0.1, 0.4, 0.7)]
+    assert seconds_per_byte(ways[:1]) == pytest.approx(0.001)
+    assert seconds_per_byte(ways) == seconds_per_byte(ways[::-1]) == pytest.approx(0.001)
+    at_once: list[Any] = [Came(At(0.3 + late), At(0.9 - late), share=2 / 3, size=300) for late in (0, 0.01, 0.02)]
+    assert seconds_per_byte(at_once) == pytest.approx(0.001)
+    mine = Adapting(dist.HashStore(), 1, 2, 0, PAIRS)
+    mine._looks = 5
+    arrivals: deque[tuple[int, int, Any]] = deque([(4, 0, ways[0]), (5, 0, ways[0]), (5, 1, ways[1]), (6, 1, ways[1])])
+    mine.passed(7, 0.0, arrivals)
+    told = [*itertools.chain(*mine._told_samples, mine._samples)]
+    assert told == [(4, 0, 0.001, None), (5, 0, 0.001, None), (6, 1, 0.001, None)]
+    mine._over = True
 
 
 def test_without_rank_0_a_rank_says_so():
