@@ -372,7 +372,7 @@ class _Chooser:
         self.by_distance = n <= _CHOSEN_RANKS
         self._random = random.Random(seed)
         ways = [[int(node) for node in network.above[:, rank] if node >= 0] for rank in range(n)]
-        self._alone = [_Group([rank], dict.fromkeys(way, 1)) for rank, way in enumerate(ways)]
+        self._alone = [_Group([rank], dict.fromkeys(way, 1), dict.fromkeys(way, 0.0)) for rank, way in enumerate(ways)]
         self._covariance: Floats = np.zeros((n, n) if self.by_distance else (0, 0))
         self._pairs = np.triu_indices(n if self.by_distance else 0, 1)
         self._offered = [0] * n
@@ -443,14 +443,10 @@ class _Chooser:
 class _Group:
     """Members, how many of them are below each node, and the models on the nodes' links per direction."""
 
-    def __init__(self, members: list[int], below: dict[int, int]) -> None:
-        self.members, self.below = members, below
-        self.traffic = {node: _models(k, len(members)) for node, k in below.items()}
+    __slots__ = ("below", "members", "traffic")
 
-
-def _models(below: int, members: int) -> float:
-    """That a group puts on the link of a node with so many of its members below, as in cost.py."""
-    return below * (members - below) * (2 / members if members > 2 else 1.0)
+    def __init__(self, members: list[int], below: dict[int, int], traffic: dict[int, float]) -> None:
+        self.members, self.below, self.traffic = members, below, traffic
 
 
 class _Groups:
@@ -466,16 +462,21 @@ class _Groups:
         size = len(mine.members) + len(theirs.members)
         if mine is theirs or size > LARGEST_GROUP:
             return False
-        traffic, below = {}, {}
-        for node in {**mine.below, **theirs.below}:
-            below[node] = mine.below.get(node, 0) + theirs.below.get(node, 0)
-            before = mine.traffic.get(node, 0.0) + theirs.traffic.get(node, 0.0)
-            traffic[node] = self._traffic[node] - before + _models(below[node], size)
-            if traffic[node] > max(self._allowed[node], self._traffic[node]):
+        below = mine.below.copy()
+        for node, members in theirs.below.items():
+            below[node] = below.get(node, 0) + members
+        share = 2 / size if size > 2 else 1.0  # of a model, to each member on the other side, as in cost.py
+        own, traffic = {}, {}
+        for node, members in below.items():
+            models = own[node] = members * (size - members) * share
+            present = self._traffic[node]
+            changed = present - (mine.traffic.get(node, 0.0) + theirs.traffic.get(node, 0.0)) + models
+            if changed > present and changed > self._allowed[node]:
                 return False
-        both = _Group(mine.members + theirs.members, below)
-        for node, models in traffic.items():
-            self._traffic[node] = models
+            traffic[node] = changed
+        both = _Group(mine.members + theirs.members, below, own)
+        for node, changed in traffic.items():
+            self._traffic[node] = changed
         for rank in both.members:
             self._of[rank] = both
         return True

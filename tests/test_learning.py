@@ -345,7 +345,7 @@ def test_other_models_train_and_dropout_differs_between_workers():
         ({"batch_size": 0}, "batch_size=0 is too small. HINT"),
         ({"steps": True}, "steps=True is not an int.*HINT"),
         ({"seed": 0.5}, "seed=0.5 is not an int.*HINT"),
-        ({"partition": "dirichlet:0"}, "partition='dirichlet:0' must be.*HINT"),
+        ({"partition": "dirichlet:0"}, "partition is 'dirichlet:0', but must be.*HINT"),
     ],
 )
 def test_bad_values_are_named(options, message):
