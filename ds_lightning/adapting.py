@@ -123,28 +123,26 @@ class Watch:
         self._look = round_, partition
         self._looked.clear()
 
-    def take(
-        self, now: float, rank: int, round_: int, part: int, seconds_per_byte: float, last: int | None = None
-    ) -> None:
+    def take(self, now: float, rank: int, round_: int, part: int, took: float, last: int | None = None) -> None:
         """What an average of a part took a rank, per byte of it, and whose messages came last; told at ``now``.
 
         In a round that looks it is all parts.
         """
-        looking = self._look is not None and self._look[0] == round_
-        partition = self._look[1] if self._look is not None and looking else (round_ + part) % len(self._period)
+        look = self._look if self._look is not None and self._look[0] == round_ else None
+        partition = (round_ + part) % len(self._period) if look is None else look[1]
         groups = self._period[partition]
         group = int(groups.group_of[rank])
         came = self._incomplete.setdefault((round_, part, group), {})
-        came[rank] = seconds_per_byte, last
+        came[rank] = took, last
         if len(came) < groups.sizes[group]:
             return
         del self._incomplete[round_, part, group]
         if links := self._crossed[partition][group]:
-            together = self._traffic[partition] if looking else self._step[round_ % len(self._period)]
-            seconds = max(took for took, _ in came.values()) * self._size / (1 if looking else self._parts)
+            together = self._traffic[partition] if look is not None else self._step[round_ % len(self._period)]
+            seconds = max(took for took, _ in came.values()) * self._size / (self._parts if look is None else 1)
             lasts = [late for _, late in came.values() if late is not None]
             average = _Average(now, round_, seconds, {node: float(together[node]) for node in links}, lasts)
-            if looking:
+            if look is not None:
                 self._looked.append(average)
             self._averages.append(average)
 

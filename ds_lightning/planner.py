@@ -440,13 +440,13 @@ class _Chooser:
         return dict(reversed(found.items()))
 
 
+@dataclass(slots=True)
 class _Group:
     """Members, how many of them are below each node, and the models on the nodes' links per direction."""
 
-    __slots__ = ("below", "members", "traffic")
-
-    def __init__(self, members: list[int], below: dict[int, int], traffic: dict[int, float]) -> None:
-        self.members, self.below, self.traffic = members, below, traffic
+    members: list[int]
+    below: dict[int, int]
+    traffic: dict[int, float]
 
 
 class _Groups:

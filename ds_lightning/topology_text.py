@@ -5,7 +5,6 @@ Errors in what is read start with the place: ``cluster.yaml:7: ...``.
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 import socket
@@ -13,7 +12,7 @@ import threading
 import time
 from collections.abc import Collection, Sequence
 from contextlib import suppress
-from itertools import groupby
+from itertools import groupby, pairwise
 from queue import Empty, SimpleQueue
 from typing import Any, NoReturn
 
@@ -321,7 +320,7 @@ def _addresses(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
             raise ValueError(
                 f"SLURM_TOPOLOGY_ADDR:{number}: {word!r} {fault}. HINT: describe the network as YAML, or probe it."
             )
-        for upper, lower in itertools.pairwise(names):
+        for upper, lower in pairwise(names):
             if above.setdefault(lower, upper) != upper:
                 raise ValueError(
                     f"SLURM_TOPOLOGY_ADDR:{number}: {lower} is below {upper} in {word!r}, but below {above[lower]}"

@@ -1,6 +1,5 @@
 """Probing: the topology that is written for what was found, and real measurements on one machine and emulated hosts."""
 
-import contextlib
 import io
 import os
 import subprocess
@@ -8,7 +7,7 @@ import sys
 import threading
 import time
 import warnings
-from contextlib import suppress
+from contextlib import redirect_stderr, suppress
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -207,7 +206,7 @@ def test_a_file_that_rank_0_cannot_write_ends_all_ranks(output, says, tmp_path):
 
     def run(rank):
         said = io.StringIO()
-        with pytest.raises(SystemExit) as end, contextlib.redirect_stderr(said):
+        with pytest.raises(SystemExit) as end, redirect_stderr(said):
             main(["probe", "--output", str(tmp_path / output)])
         return end.value.code, said.getvalue()
 
