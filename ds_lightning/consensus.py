@@ -55,7 +55,7 @@ def _order(tensor: Tensor) -> str:
 def consensus_of(modules: Iterable[Module]) -> None:
     """Exact global average of all float parameters and buffers of ``modules``; other tensors become rank 0's."""
     tensors = list(chain.from_iterable(chain(m.parameters(), m.buffers()) for m in modules))
-    _average(t for t in tensors if is_averaged(t))
+    average_exactly(t for t in tensors if is_averaged(t))
     _broadcast(t for t in tensors if not is_averaged(t))
 
 
@@ -94,7 +94,7 @@ def consensus_of_optimizer_state(optimizer: Optimizer) -> None:
                 value = optimizer.state[p].setdefault(name, torch.zeros(shape, dtype=dtype, device=device))
                 averaged.append((value, len(owners)))
 
-    _average(value for value, _ in averaged)
+    average_exactly(value for value, _ in averaged)
     for value, count in averaged:
         if count < len(ranks):
             value.mul_(len(ranks) / count)  # missing ones counted as zero
@@ -120,7 +120,8 @@ def _to(value: Any, device: torch.device) -> Any:
     return [_to(v, device) for v in value] if isinstance(value, list) else value
 
 
-def _average(tensors: Iterable[Tensor]) -> None:
+def average_exactly(tensors: Iterable[Tensor]) -> None:
+    """Replace floating tensors by their exact means over all ranks. Collective."""
     for _, same_dtype in by_dtype(tensors):
         for chunk in chunks(same_dtype):
             flat = torch.cat([t.reshape(-1).to(_device()) for t in chunk])

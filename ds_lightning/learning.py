@@ -25,7 +25,9 @@ from torch.func import functional_call, grad_and_value, vmap
 from torch.nn import functional as F  # noqa: N812
 from torch.optim import SGD, Adam, Optimizer
 
+from ds_lightning.cost import rounds
 from ds_lightning.digits import Data, mlp
+from ds_lightning.noise import NoiseShare, attenuation, check_noise_correction, deviations
 from ds_lightning.options import check_bool
 from ds_lightning.schedule import (
     GridSchedule,
@@ -47,6 +49,7 @@ from ds_lightning.wire import Code, Codec, as_wire_dtype, codec_for
 BASELINES = ("bsp", "local")
 # In one process: each has parameters and states of its own.
 MOST_WORKERS = 4096
+_MOMENTUM = 0.9  # of both optimizers
 _STATES = {"sgd": ("momentum_buffer",), "adam": ("exp_avg", "exp_avg_sq")}
 
 
@@ -66,6 +69,8 @@ class Experiment:
         average_gradients: Average gradients in the group as well.
         average_optimizer_state: Optimizer states to average as well.
         optimizer_state_every: In one period of the schedule out of so many.
+        noise_correction: Make Adam's updates as long as BSP's, see ``noise.py``; ``"auto"``: with Adam and a schedule
+            whose workers average parameters and not also gradients.
         optimizer: ``"sgd"`` (momentum 0.9) or ``"adam"``.
         lr: Learning rate.
         batch_size: Samples per worker and step.
@@ -87,6 +92,7 @@ class Experiment:
     average_gradients: bool = False
     average_optimizer_state: Sequence[str] = ()
     optimizer_state_every: int = 1
+    noise_correction: bool | str = "auto"
     optimizer: str = "sgd"
     lr: float = 0.1
     batch_size: int = 2
@@ -120,10 +126,25 @@ class Experiment:
                 f"average_optimizer_state={tuple(self.average_optimizer_state)!r}: {self.optimizer} has no state"
                 f" {unknown[0]!r}. HINT: it has {', '.join(known)}."
             )
+        if check_noise_correction(self.noise_correction) is True and not self._has_noise_to_correct():
+            raise ValueError(
+                f"noise_correction=True cannot be used with optimizer={self.optimizer!r}, schedule={self.schedule!r},"
+                f" average_gradients={self.average_gradients} and {self.world_size} workers. HINT: use 'auto', which"
+                " knows where it can be."
+            )
         if isinstance(self.lr, bool) or not isinstance(self.lr, int | float) or not 0 < self.lr < math.inf:
             raise ValueError(f"lr={self.lr!r} is not a positive number. HINT: 0.1 suits SGD, 0.003 Adam.")
         as_int("seed", self.seed)
         concentration(self.partition)
+
+    @property
+    def corrects_noise(self) -> bool:
+        """What ``noise_correction`` comes to."""
+        return self._has_noise_to_correct() if self.noise_correction == "auto" else bool(self.noise_correction)
+
+    def _has_noise_to_correct(self) -> bool:
+        alone = self.schedule in BASELINES or self.average_gradients or self.world_size == 1
+        return self.optimizer == "adam" and not alone
 
     def make_schedule(self) -> Schedule:
         """Who averages at every synchronization."""
@@ -140,6 +161,7 @@ class Point:
         step: Optimizer steps so far.
         accuracy: Of the mean model on the test samples.
         loss: Of the workers' own models on their batches, mean since the point before.
+        train_loss: Of the mean model on all training samples.
         distance: Consensus distance after a step, root mean square since the point before: at a single step it depends
             on where in its period the schedule is.
     """
@@ -147,6 +169,7 @@ class Point:
     step: int
     accuracy: float
     loss: float
+    train_loss: float
     distance: float
 
 
@@ -197,7 +220,7 @@ def _train(
 ) -> Iterator[Point]:
     row, logits = _flat(model)
     x = row.repeat(e.world_size, 1)
-    optimizer: Optimizer = SGD([x], e.lr, momentum=0.9) if e.optimizer == "sgd" else Adam([x], e.lr)
+    optimizer: Optimizer = SGD([x], e.lr, momentum=_MOMENTUM) if e.optimizer == "sgd" else Adam([x], e.lr)
     wire = as_wire_dtype(e.wire_dtype)
     codec = None if wire is None or wire == x.dtype else codec_for(wire)
     schedule = e.make_schedule()
@@ -207,7 +230,9 @@ def _train(
     gradients = vmap(
         grad_and_value(lambda row, images, labels: F.cross_entropy(logits(row, images), labels)), randomness="different"
     )
+    correction = _Correction(e, schedule, model) if e.corrects_noise else None
     pending = x  # what is under way, with overlap
+    base = x.clone()  # what the updates of a round are added to
     loss, square, last = 0.0, 0.0, 0  # since the last point
     for step, batch in enumerate(islice(batches(e, data.train_labels), e.steps)):
         round_, place = divmod(step, e.sync_every)
@@ -215,6 +240,7 @@ def _train(
         groups = [table[(round_ + part) % len(table)] for part in range(parts)]
         if overlap and place == 0:
             pending = _differences(x, groups, codec)
+            base = x + pending
         x.grad, losses = gradients(x, data.train[batch], data.train_labels[batch])
         if e.schedule == "bsp":
             x.grad = x.grad.mean(0).expand_as(x)
@@ -226,10 +252,18 @@ def _train(
         if overlap and due:
             x += pending
             _average_states(optimizer, states, groups)
+            if correction is not None:
+                correction.averaged(round_, pending)
         optimizer.step()
+        if due and correction is not None:
+            correction.correct(x, base, step + 1)
         if due and not overlap:
-            x += _differences(x, groups, codec)
+            pending = _differences(x, groups, codec)
+            x += pending
+            base = x.clone()
             _average_states(optimizer, states, groups)
+            if correction is not None:
+                correction.averaged(round_, pending)
         loss += float(losses.mean())
         square += consensus_distance(x) ** 2
         done = step + 1
@@ -238,9 +272,58 @@ def _train(
         if done * points // e.steps > step * points // e.steps:
             model.eval()
             accuracy = (logits(x.mean(0), data.test).argmax(1) == data.test_labels).double().mean()
+            train_loss = F.cross_entropy(logits(x.mean(0), data.train), data.train_labels)
             model.train()
-            yield Point(done, float(accuracy), loss / (done - last), math.sqrt(square / (done - last)))
+            since = done - last
+            yield Point(done, float(accuracy), loss / since, float(train_loss), math.sqrt(square / since))
             loss, square, last = 0.0, 0.0, done
+
+
+class _Correction:
+    """Noise correction (``noise.py``) of all workers: a share for each worker and tensor."""
+
+    def __init__(self, e: Experiment, schedule: Schedule, model: nn.Module) -> None:
+        self._e, self._sizes = e, [p.numel() for p in model.parameters()]
+        period = rounds(schedule)
+        kappas, self._settling = deviations(period, _MOMENTUM, e.sync_every)
+        dtype = next(model.parameters()).dtype
+        self._kappas = torch.from_numpy(kappas).to(dtype)
+        # Pieces that belong to one tensor and to one part, which has partitions of its own.
+        ends = torch.tensor(self._sizes).cumsum(0)
+        part_ends = torch.tensor(
+            [len(part) for part in torch.arange(sum(self._sizes)).tensor_split(period.parts)]
+        ).cumsum(0)
+        stops = torch.cat([ends, part_ends]).unique()
+        self._pieces = torch.diff(stops, prepend=stops.new_zeros(1)).tolist()
+        self._tensors, self._parts = (torch.searchsorted(of, stops) for of in (ends, part_ends))
+        self._share = NoiseShare((e.world_size, len(self._sizes)), dtype=dtype)
+        self._factors = torch.zeros(e.world_size, len(self._sizes), dtype=dtype)
+        self._average: tuple[int, Tensor] | None = None  # the latest: its round, and what it added
+
+    def averaged(self, round_: int, difference: Tensor) -> None:
+        """What an average has added."""
+        self._average = round_, difference.clone()
+
+    def correct(self, x: Tensor, base: Tensor, updates: int) -> None:
+        """Stretch a round's updates, after so many in all."""
+        update = torch.cat(
+            [u * (1 + f) for u, f in zip((x - base).split(self._sizes, 1), self._factors.split(1, 1), strict=True)], 1
+        )
+        x.copy_(base + update)
+        if self._average is not None:
+            round_, difference = self._average
+            self._settling -= 1
+            if self._settling < 0:
+                kappas = self._kappas[(round_ + self._parts) % len(self._kappas)].T
+                self._share.take(self._squares(difference), self._squares(update, kappas))
+        e, updates = self._e, updates + self._e.sync_every
+        each = attenuation(_MOMENTUM, e.sync_every, updates)
+        self._factors = self._share.stretch(each, e.world_size, updates)
+
+    def _squares(self, values: Tensor, weights: Tensor | float = 1.0) -> Tensor:
+        """Of each worker's tensors, shape (N, tensors)."""
+        squares = torch.stack([piece.square().sum(1) for piece in values.split(self._pieces, 1)], 1) * weights
+        return squares.new_zeros(len(squares), len(self._sizes)).index_add_(1, self._tensors, squares)
 
 
 def _flat(model: nn.Module) -> tuple[Tensor, Callable[[Tensor, Tensor], Tensor]]:

@@ -16,6 +16,7 @@ from ds_lightning.schedule import positive_int
 
 # Between averages of local SGD, unless said.
 _LOCAL_STEPS = 8
+_CORRECTIONS: dict[str, bool | str] = {"auto": "auto", "true": True, "false": False}
 
 # Of one schedule and one learning rate, a result for each seed.
 Runs = dict[tuple[str, float], list[Result]]
@@ -60,6 +61,12 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[Experiment], Path]
     add("--average-gradients", action="store_true", help="average gradients in the group as well")
     add("--average-optimizer-state", nargs="+", default=[], metavar="NAME", help="states to average, as exp_avg_sq")
     add("--optimizer-state-every", type=int, default=1, help="in one period of the schedule out of so many")
+    add(
+        "--noise-correction",
+        choices=["auto", "true", "false"],
+        default="auto",
+        help="make Adam's steps as long as BSP's",
+    )
     add("--optimizer", default="sgd", help="sgd (momentum 0.9) or adam")
     add("--lr", type=float, nargs="+", default=[0.1], help="learning rates")
     add("--batch-size", type=int, default=2, help="samples per worker and step")
@@ -91,6 +98,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[Experiment], Path]
                 average_gradients=args.average_gradients,
                 average_optimizer_state=tuple(args.average_optimizer_state),
                 optimizer_state_every=args.optimizer_state_every,
+                noise_correction=_CORRECTIONS[args.noise_correction],
                 optimizer=args.optimizer,
                 lr=lr,
                 batch_size=args.batch_size,
@@ -123,6 +131,7 @@ def _title(args: argparse.Namespace) -> str:
     options += [f"{args.wire_dtype} wire"] if args.wire_dtype else []
     options += ["averaged gradients"] if args.average_gradients else []
     options += [f"averaged {' '.join(args.average_optimizer_state)}"] if args.average_optimizer_state else []
+    options += ["not corrected for noise"] if args.noise_correction == "false" and args.optimizer == "adam" else []
     return f"{', '.join(options)}; {args.seeds} seed{'s' * (args.seeds > 1)}"
 
 

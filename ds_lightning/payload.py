@@ -11,6 +11,10 @@ alike, and the mean would walk away. Pairs swap rounded copies. In larger groups
 the others' rounded copies of it, adds them up in fp32, and sends the rounded mean to all. Rounding the mean moves the g
 copies alike, so the owner, which never rounds its own shard, takes g times that residual back. The bytes are those of
 a ring all-reduce in the wire's dtype: 2 (g - 1) / g of the values.
+
+A payload that follows changes also measures them, by tensor, where the values are in the cache anyway: what an average
+adds, and what the updates after it add. It keeps what those are added to, the *base* ``x + average - Q(x)``; where
+buffers hold ``x`` in full precision that is in its place.
 """
 
 from __future__ import annotations
@@ -39,6 +43,24 @@ _TILE_ON_CPU, _TILE_ON_GPU = 1 << 15, 1 << 22
 _AHEAD = 2
 
 
+class Followed:
+    """Whose changes a payload sums up.
+
+    Args:
+        numbers: Of each tensor of the payload, the number under which its changes count.
+        count: Of the numbers, from 0.
+        device: Of the tensors.
+
+    Attributes:
+        squares: By number, the sum of squares of what the latest average added; shape (count + 1,), where the last one
+            is nobody's.
+    """
+
+    def __init__(self, numbers: Sequence[int], count: int, device: torch.device) -> None:
+        self.numbers = [*numbers, count]  # padding comes after the tensors
+        self.squares = torch.zeros(count + 1, device=device)
+
+
 class Payload:
     """Averages ``tensors`` in place, any number of times, in groups that may differ each time.
 
@@ -46,19 +68,24 @@ class Payload:
     between, the tensors may be read and written.
 
     The buffers take, as multiples of the tensors' bytes in fp32: 2 at an fp32 wire, 1 at bf16 and fp16, 0.53 (pairs) to
-    0.65 (groups of 4) at int8; besides, two tiles of 128 KiB (on a GPU 16 MiB).
+    0.65 (groups of 4) at int8; besides, two tiles of 128 KiB (on a GPU 16 MiB). Following changes takes 1 more, at an
+    fp32 wire 1 / g in groups of g > 2 and nothing in pairs.
 
     Args:
         tensors: Strided real floating tensors of one dtype that do not overlap; of the same shapes and strides on all
             ranks.
         wire: dtype to send in: that of the tensors, or one of ``WIRE_DTYPES``.
         channel: Tells apart the payloads that may be under way in a group at a time; 1 or more, the same on all ranks.
+        follow: Under which numbers their changes are summed up; None: they are not followed.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], wire: torch.dtype, channel: int = 1) -> None:
-        self._channel = channel
+    def __init__(
+        self, tensors: Sequence[Tensor], wire: torch.dtype, channel: int = 1, follow: Followed | None = None
+    ) -> None:
+        self._channel, self._follow = channel, follow
         dtype = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
         self._room = _Room(wire, dtype, tensors[0].device)
+        self._current: _Layout | None = None  # whose buffers hold the base
         # Tensors with gaps in memory have stand-ins, packed with the others and applied in one go.
         flats = [_in_memory_order(t) for t in tensors]
         self._gappy = [t for t, flat in zip(tensors, flats, strict=True) if flat is None]
@@ -86,7 +113,7 @@ class Payload:
         for result in done:  # of an average that nobody finished
             result.result()
         route = self._route = self._routes.get(members) or self._make_route(members, group)
-        self._lane = lane
+        self._lane, self._current = lane, route.layout
         if self._gappy:
             torch._foreach_copy_(self._stand_ins, self._gappy)
         route.layout.padding.zero_()  # a NaN in its block of an 8-bit wire must not stay
@@ -127,6 +154,8 @@ class Payload:
         assert self._route is not None
         if self._gappy:
             torch._foreach_zero_(self._stand_ins)
+        if self._follow is not None:
+            self._follow.squares.zero_()
         done, self._done = self._done, []
         for result, bucket in zip(done, self._route.layout.buckets, strict=True):
             with record_function("dssync: wait"), self._lane.waiting():
@@ -136,13 +165,67 @@ class Payload:
         if self._gappy:
             torch._foreach_add_(self._gappy, self._stand_ins)
 
+    # ---- following changes ------------------------------------------------------------------------------------------
+
+    @property
+    def followed(self) -> bool:
+        """Whether its changes are."""
+        return self._follow is not None
+
+    @property
+    def squares(self) -> Tensor:
+        """By number, the sum of squares of what the latest average added; overwritten by the next."""
+        assert self._follow is not None
+        return self._follow.squares[:-1]
+
+    @torch.no_grad()
+    def note_base(self) -> None:
+        """Let the tensors as they are now be the base, where no average made one."""
+        if self._current is None:
+            if "nccl" not in dist.get_backend():
+                self._room.home = torch.device("cpu")
+            self._current = _Layout(self._flats, self._room, 2, 0, self._follow)
+            self._layouts[2, 0], self._room.grew = self._current, False
+        if self._gappy:
+            torch._foreach_copy_(self._stand_ins, self._gappy)
+        assert self._follow is not None
+        self._follow.squares.zero_()
+        for bucket in self._current.buckets:
+            bucket.note_base()
+
+    @torch.no_grad()
+    def stretch(self, factors: Sequence[float], decays: Sequence[float]) -> Tensor:
+        """Multiply what was added to the base by a factor; once for each base.
+
+        Args:
+            factors: By number, 1 less than it.
+            decays: By number, the share of the base that was taken away besides, which is not multiplied.
+
+        Returns:
+            By number, the sum of squares of what had been added, without what was taken away.
+        """
+        assert self._current is not None
+        assert self._follow is not None
+        if self._gappy:
+            torch._foreach_copy_(self._stand_ins, self._gappy)
+        squares = torch.zeros_like(self._follow.squares)
+        factors, kept = [*factors, 0.0], [*(decay - 1.0 for decay in decays), -1.0]
+        with record_function("dssync: correct noise"):
+            for bucket in self._current.buckets:
+                for tile in bucket.tiles:
+                    assert tile.base is not None
+                    tile.base.stretch(factors, kept, squares)
+        if self._gappy:
+            torch._foreach_copy_(self._gappy, self._stand_ins)
+        return squares[:-1]
+
     def _make_route(self, members: Group, group: dist.ProcessGroup) -> _Route:
         """The messages to and from the members of a group, made once."""
         here = members.index(dist.get_rank())
         if "nccl" not in dist.get_backend(group):
             self._room.home = torch.device("cpu")  # gloo sends from the host's memory only
         key = (len(members), here if len(members) > 2 else 0)
-        layout = self._layouts.get(key) or _Layout(self._flats, self._room, *key)
+        layout = self._layouts.get(key) or _Layout(self._flats, self._room, *key, self._follow)
         if self._room.grew:  # those of before hold memory that is in use no more
             self._layouts, self._routes, self._room.grew = {}, {}, False
         self._layouts[key] = layout
@@ -308,7 +391,7 @@ class _Layout:
     A pair's bucket is one row, swapped. In a larger group it is a row for each member: its shard.
     """
 
-    def __init__(self, flats: list[Tensor], room: _Room, size: int, here: int) -> None:
+    def __init__(self, flats: list[Tensor], room: _Room, size: int, here: int, follow: Followed | None = None) -> None:
         codec = room.codec
         shards = 1 if size == 2 else size
         unit = shards * codec.block
@@ -328,6 +411,10 @@ class _Layout:
         scratch = [room.values(f"scratch {i}", tile) for i in range(2)]
         # The lane averages shards while the caller packs and applies: it has scratch of its own.
         lanes_scratch = [room.values(f"lane's scratch {i}", tile if shards > 1 else 0) for i in range(2)]
+        # What is sent in full precision is the base's place.
+        exact = codec.direct and codec.dtype == room.dtype and room.home == room.device
+        not_sent = sum(lengths) // shards if shards > 1 else 0
+        bases = _Cutter([room.values("base", 0 if follow is None else not_sent if exact else sum(lengths))])
         self.bytes_sent = sum(row_bytes) * (1 if shards == 1 else 2 * others)
         self.size = shards * sum(row_bytes)
         self.after_first = 1 - lengths[0] / sum(lengths)
@@ -347,7 +434,10 @@ class _Layout:
                     for start in range(0, row, tile):
                         stop = min(start + tile, row)
                         pieces, own_values = values.cut(stop - start), kept.cut(stop - start)[0]
-                        b.tiles.append(_OwnTile(pieces, own_values))
+                        base = None
+                        if follow is not None:
+                            base = _Base(pieces, bases.cut(stop - start)[0], scratch[0], follow, values.latest)
+                        b.tiles.append(_OwnTile(pieces, own_values, base))
                         parts = [code.part(start, stop) for code in codes]
                         rest = mean.part(start, stop), room.lanes_codec, lanes_scratch
                         b.shard.append(_ShardTile(own_values, parts, *rest))
@@ -358,7 +448,11 @@ class _Layout:
                     pieces = values.cut(stop - start)
                     own_code, received_code = mine.part(start, stop), theirs.part(start, stop)
                     weight = 0.5 if shards == 1 else 1.0
-                    b.tiles.append(_SentTile(pieces, own_code, received_code, codec, scratch, weight))
+                    base = None
+                    if follow is not None:
+                        place = own_code.parts[0] if exact else bases.cut(stop - start)[0]
+                        base = _Base(pieces, place, scratch[0], follow, values.latest)
+                    b.tiles.append(_SentTile(pieces, own_code, received_code, codec, scratch, weight, base))
             self.buckets.append(b)
 
 
@@ -376,6 +470,11 @@ class _Bucket:
         for tile in self.tiles:
             tile.pack()
 
+    def note_base(self) -> None:
+        for tile in self.tiles:
+            assert tile.base is not None
+            tile.base.note()
+
     def average_own_shard(self) -> None:
         for tile in self.shard:
             tile.average()
@@ -389,12 +488,58 @@ class _Bucket:
             tile.apply()
 
 
+class _Base:
+    """What the updates of a tile's values are added to."""
+
+    def __init__(
+        self, pieces: list[Tensor], place: Tensor, scratch: Tensor, follow: Followed, cut_from: list[int]
+    ) -> None:
+        n = sum(piece.numel() for piece in pieces)
+        self._pieces, self._place, self._scratch, self._follow = pieces, place, scratch[:n], follow
+        self._views, self._changes = _like(place, pieces), _like(self._scratch, pieces)
+        self._numbers = [follow.numbers[i] for i in cut_from]
+        self._index = torch.tensor(self._numbers, device=follow.squares.device)
+
+    def is_in(self, code: Code) -> bool:
+        """Whether it has its place there."""
+        return self._place is code.parts[0]
+
+    def note(self) -> None:
+        torch._foreach_copy_(self._views, self._pieces)
+
+    def averaged(self, difference: Tensor, parts: list[Tensor], weight: float) -> None:
+        """An average has been added to the values, and belongs to the base."""
+        self._place.add_(difference, alpha=weight)
+        self._sum_up(parts, self._follow.squares, weight)
+
+    def stretch(self, factors: Sequence[float], kept: Sequence[float], squares: Tensor) -> None:
+        self._scratch.copy_(self._place)
+        torch._foreach_mul_(self._changes, [kept[i] for i in self._numbers])
+        torch._foreach_add_(self._changes, self._pieces)
+        self._sum_up(self._changes, squares)
+        torch._foreach_mul_(self._changes, [factors[i] for i in self._numbers])
+        torch._foreach_add_(self._pieces, self._changes)
+
+    def _sum_up(self, parts: list[Tensor], squares: Tensor, weight: float = 1.0) -> None:
+        norms = torch.stack(torch._foreach_norm(parts)).to(squares.dtype)
+        squares.index_add_(0, self._index, norms.square_(), alpha=weight**2)
+
+
 class _SentTile:
     """Values whose rounded copy goes to another member; that member's, or the rounded mean, comes back."""
 
     def __init__(
-        self, pieces: list[Tensor], own: Code, received: Code, codec: Any, scratch: list[Tensor], weight: float
+        self,
+        pieces: list[Tensor],
+        own: Code,
+        received: Code,
+        codec: Any,
+        scratch: list[Tensor],
+        weight: float,
+        base: _Base | None,
     ) -> None:
+        self.base = base
+        self._notes_base = base is not None and not base.is_in(own)  # what is sent is not it
         n = sum(piece.numel() for piece in pieces)
         self._pieces, self._own, self._received, self._codec, self._weight = pieces, own, received, codec, weight
         self._scratch, self._other = scratch[0][:n], scratch[1][:n]
@@ -411,35 +556,42 @@ class _SentTile:
         else:
             torch._foreach_copy_(self._views, self._pieces)
             self._codec.encode(self._scratch, self._own)
+        if self.base is not None and self._notes_base:
+            self.base.note()
 
     def subtract(self) -> None:
         if self._in_place is not None:
             self._received.parts[0].sub_(self._own.parts[0])
 
     def apply(self) -> None:
-        if self._in_place is not None:
-            torch._foreach_add_(self._pieces, self._in_place, alpha=self._weight)
-            return
-        self._codec.decode(self._received, self._scratch)
-        self._codec.decode(self._own, self._other)
-        self._scratch.sub_(self._other)
-        torch._foreach_add_(self._pieces, self._views, alpha=self._weight)
+        difference, parts = self._received.parts[0], self._in_place
+        if parts is None:
+            self._codec.decode(self._received, self._scratch)
+            self._codec.decode(self._own, self._other)
+            difference, parts = self._scratch.sub_(self._other), self._views
+        torch._foreach_add_(self._pieces, parts, alpha=self._weight)
+        if self.base is not None:
+            self.base.averaged(difference, parts, self._weight)
 
 
 class _OwnTile:
     """Values of the shard that this rank averages: kept in full precision until the difference takes their place."""
 
-    def __init__(self, pieces: list[Tensor], kept: Tensor) -> None:
-        self._pieces, self._views = pieces, _like(kept, pieces)
+    def __init__(self, pieces: list[Tensor], kept: Tensor, base: _Base | None) -> None:
+        self._pieces, self._kept, self._views, self.base = pieces, kept, _like(kept, pieces), base
 
     def pack(self) -> None:
         torch._foreach_copy_(self._views, self._pieces)
+        if self.base is not None:
+            self.base.note()
 
     def subtract(self) -> None:
         """The lane has done it."""
 
     def apply(self) -> None:
         torch._foreach_add_(self._pieces, self._views)
+        if self.base is not None:
+            self.base.averaged(self._kept, self._views, 1.0)
 
 
 class _ShardTile:
@@ -467,17 +619,20 @@ class _Cutter:
     """Cuts consecutive stretches off a row of flat tensors."""
 
     def __init__(self, flats: list[Tensor]) -> None:
-        self._flats, self._at = [flat for flat in flats if flat.numel()], 0
+        self._flats, self._at = [(i, flat) for i, flat in enumerate(flats) if flat.numel()], 0
+        self.latest: list[int] = []  # from which of them the latest pieces were cut
 
     def cut(self, n: int) -> list[Tensor]:
         """Views of the next ``n`` values."""
-        pieces = []
+        pieces, self.latest = [], []
         while n:
-            piece = self._flats[0][self._at : self._at + n]
+            number, flat = self._flats[0]
+            piece = flat[self._at : self._at + n]
             pieces.append(piece)
+            self.latest.append(number)
             n -= piece.numel()
             self._at += piece.numel()
-            if self._at == self._flats[0].numel():
+            if self._at == flat.numel():
                 self._flats.pop(0)
                 self._at = 0
         return pieces

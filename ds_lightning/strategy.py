@@ -53,6 +53,7 @@ from ds_lightning.groups import (
     within,
 )
 from ds_lightning.launchers import ProcessLauncher, ScriptLauncher
+from ds_lightning.noise import check_noise_correction, corrects_noise
 from ds_lightning.options import (
     check_backend,
     check_bool,
@@ -122,6 +123,10 @@ class DSSyncStrategy(DDPStrategy):
         optimizer_state_every: Periods of the schedule (rounds until its partitions repeat) of which one averages these
             states. A second moment changes within about 1,000 steps, so that one period in 8 should serve it, for an
             eighth of the bytes.
+        noise_correction: Make an adaptive optimizer's updates as long as DDP's at the same learning rate, by how far
+            replicas are apart when they average, see :mod:`ds_lightning.noise`; it sends nothing. ``"auto"``: with
+            torch's Adam, AdamW, NAdam, RAdam and RMSprop, unless gradients are averaged as well. ``True``: with
+            optimizers of others, too.
         seed: Seed of random schedules; the same on all ranks.
         adapt: With ``schedule="topology"``: measure links and compute while training, and change to another plan where
             they are no longer what it was made for, see :mod:`ds_lightning.adapting`. ``False`` keeps the first plan,
@@ -150,6 +155,7 @@ class DSSyncStrategy(DDPStrategy):
         average_gradients: bool = False,
         average_optimizer_state: Sequence[str] = (),
         optimizer_state_every: int = 1,
+        noise_correction: bool | str = "auto",
         seed: int = 0,
         adapt: bool = True,
         save_replicas: bool = False,
@@ -172,6 +178,7 @@ class DSSyncStrategy(DDPStrategy):
         self.average_gradients = check_bool("average_gradients", average_gradients)
         self.average_optimizer_state = check_state_names(average_optimizer_state)
         self.optimizer_state_every = positive_int("optimizer_state_every", optimizer_state_every)
+        self.noise_correction = check_noise_correction(noise_correction, self.average_gradients)
         self.seed = as_int("seed", seed)
         self.adapt = check_bool("adapt", adapt)
         self.save_replicas = check_bool("save_replicas", save_replicas)
@@ -184,7 +191,7 @@ class DSSyncStrategy(DDPStrategy):
         self._begun: int | None = None  # the round that it was asked for
         self._changes = 0  # of plans, over all fits
         self._took: dict[str, float] = {}  # seconds of start-up
-        self._positions: list[dict[str, int]] = []  # in the schedule, per optimizer: of a checkpoint or an earlier fit
+        self._positions: list[dict[str, Any]] = []  # in the schedule, per optimizer: of a checkpoint or an earlier fit
         self._no_loss = False
         self._stepping = False  # an optimizer's step has begun: its closure is running
         self._signals: StopSignals | None = None
@@ -300,7 +307,7 @@ class DSSyncStrategy(DDPStrategy):
     @override
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
         if self._groups is not None and self.optimizers:  # those of an earlier fit
-            self._positions = self._positions_now()
+            self._positions = [{"step": position["step"]} for position in self._positions_now()]
         super().setup_optimizers(trainer)
         self.timed = False
         self.synchronizers = []
@@ -309,6 +316,9 @@ class DSSyncStrategy(DDPStrategy):
                 "average_gradients=True cannot be used with LBFGS: ranks evaluate their closures unequally often, so"
                 " they would wait for each other forever. HINT: use average_gradients=False."
             )
+        if self._groups is not None:
+            for optimizer in self.optimizers:
+                corrects_noise(self.noise_correction, optimizer, self.average_gradients)  # refuses what must not be
         tables = [m.weight for m in trainer.lightning_module.modules() if is_table(m)]
         if self.average_gradients and self._groups is not None and any(table.requires_grad for table in tables):
             raise ValueError(SPARSE_GRADIENTS)
@@ -333,6 +343,7 @@ class DSSyncStrategy(DDPStrategy):
             "average_gradients": self.average_gradients,
             "average_optimizer_state": self.average_optimizer_state,
             "optimizer_state_every": self.optimizer_state_every,
+            "noise_correction": self.noise_correction,
             "adapt": self.adapt,
             "save_replicas": self.save_replicas,
         }
@@ -401,6 +412,7 @@ class DSSyncStrategy(DDPStrategy):
             wire_dtype=self.wire_dtype,
             average_optimizer_state=self.average_optimizer_state,
             optimizer_state_every=self.optimizer_state_every,
+            noise_correction=corrects_noise(self.noise_correction, optimizer, self.average_gradients),
             index=index,
             broadcast=False,
         )
@@ -414,7 +426,7 @@ class DSSyncStrategy(DDPStrategy):
         """In the order of Lightning's optimizers, whose first steps may have come in any other."""
         return [self._synchronizer(optimizer) for optimizer in self.optimizers]
 
-    def _positions_now(self) -> list[dict[str, int]]:
+    def _positions_now(self) -> list[dict[str, Any]]:
         return [synchronizer.state_dict() for synchronizer in self.synchronizers_in_order()]
 
     @override
@@ -657,7 +669,7 @@ class DSSyncStrategy(DDPStrategy):
             synchronizer.discard()
         with self._meeting("to average all replicas"):
             consensus_of(self.averaged_modules())
-            for synchronizer in self.synchronizers:
+            for synchronizer in self.synchronizers_in_order():  # also those that only other ranks have used
                 synchronizer.on_consensus()
             self._warn_of_different_learning_rates()
 

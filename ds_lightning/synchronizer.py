@@ -16,6 +16,8 @@ into the wire's dtype, **average** in the group, **wait** for it, **apply** the 
 from __future__ import annotations
 
 import warnings
+import weakref
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import astuple, dataclass
@@ -33,7 +35,8 @@ from torch.optim import Optimizer
 from ds_lightning.consensus import broadcast_from_rank_0, consensus_of, consensus_of_optimizer_state
 from ds_lightning.groups import ScheduledGroups, gather_hosts, name_ranks, name_timeout
 from ds_lightning.lanes import Clock, Lane, make_lanes
-from ds_lightning.payload import Arrivals, Payload, in_parts
+from ds_lightning.noise import NoiseCorrection, corrects_noise
+from ds_lightning.payload import Arrivals, Followed, Payload, in_parts
 from ds_lightning.rows import TouchedRows, is_table
 from ds_lightning.schedule import MOST_PARTS, Group, make_schedule, positive_int
 from ds_lightning.wire import as_real, as_wire_dtype, by_dtype, flatten, is_averaged, split
@@ -103,6 +106,9 @@ class DSSynchronizer:
             could turn a small variance negative.
         average_optimizer_state: Names of optimizer states that are averaged too, such as ``("exp_avg_sq",)``.
         optimizer_state_every: In one period of the schedule out of so many; a second moment changes slowly.
+        noise_correction: Make updates as long as BSP's, at the end of each of the optimizer's steps (``noise.py``).
+            ``"auto"``: with torch's Adam, AdamW, NAdam, RAdam and RMSprop; False together with
+            :meth:`average_gradients`.
         index: Which one it is of several optimizers of ``module``; the first (0) averages the float buffers, too.
         broadcast: Whether to check that all ranks have the same model, and to start from rank 0's.
 
@@ -120,6 +126,7 @@ class DSSynchronizer:
         wire_dtype: str | torch.dtype | None = None,
         average_optimizer_state: Sequence[str] = (),
         optimizer_state_every: int = 1,
+        noise_correction: bool | str = "auto",
         index: int = 0,
         broadcast: bool = True,
     ) -> None:
@@ -150,6 +157,16 @@ class DSSynchronizer:
         self._rows: list[TouchedRows] = []
         self._sent_since_consensus: set[Tensor] = set()
         self._warned: set[str] = set()
+        self._correction: NoiseCorrection | None = None
+        self._based: list[tuple[int, Payload]] = []  # payloads that hold what updates are added to
+        self._average: int | None = None  # the round whose average made it
+        self._launched = False  # the averages of this round's parameters
+        self._overlapped = False
+        self._begins = True  # the coming update is the first of a round
+        self._ends = False  # overlapped: it is the last
+        if self.groups.schedule.world_size > 1 and corrects_noise(noise_correction, optimizer):
+            self._correction = NoiseCorrection(optimizer, self.groups, self.sync_every)
+            _hook(self, optimizer)
         if broadcast:
             broadcast_from_rank_0(module)
 
@@ -170,7 +187,7 @@ class DSSynchronizer:
         first = self.step % self.sync_every == 0
         if first and self._running:
             self.discard()
-        self.started = True
+        self.started, self._overlapped, self._begins = True, True, first
         if not self._running:  # a round that a consensus point or a resume cut may begin in its middle, too
             self._lay_out()
         if first:
@@ -186,6 +203,7 @@ class DSSynchronizer:
         Raises:
             RuntimeError: If a member failed or did not come within the groups' timeout; names step and ranks.
         """
+        self._ends = self.due
         if self.due:
             self._finish()
         for rows in self._rows:
@@ -203,6 +221,7 @@ class DSSynchronizer:
             if self._clock is not None:
                 self._clock.exposed = True
             self._finish()
+        self._overlapped, self._begins = False, self.due
         self.step, self.started = self.step + 1, False
 
     def discard(self) -> None:
@@ -212,12 +231,16 @@ class DSSynchronizer:
         self._bytes_sent += sum(average.bytes_sent for _, average, _ in self._running)
         self._clock = None
         self._running, self._values, self._laid_out, self.started = [], [], None, False
+        self._based, self._launched, self._ends = [], False, False
+        self._begins = self.step % self.sync_every == 0
 
     @torch.no_grad()
     def _launch_values(self) -> None:
         """Parameters and buffers: what the first step of a round sends."""
+        self._based = []
         for part, average in self._values:
             self._launch(average, part=part)
+        self._launched = True
         self._synchronizations += bool(self._running)
 
     @torch.no_grad()
@@ -235,6 +258,8 @@ class DSSynchronizer:
     def _launch(self, average: _Average, then: Callable[[], None] | None = None, part: int = 0) -> None:
         members, group = self.groups.at(self.round, part)
         if group is None:
+            if isinstance(average, Payload) and average.followed:
+                average.note_base()
             return
         if not self._lanes:
             tensors = chain(_parameters(self.optimizer), self.module.parameters(), self.module.buffers())
@@ -264,6 +289,34 @@ class DSSynchronizer:
         if self._clock is not None:
             self._clocks.append(self._clock)
             self._clock = None
+        if self._launched:
+            looked = self.groups.look is not None and self.groups.look[0] == self.round
+            self._based, self._average = self._followed(), None if looked else self.round
+        self._launched = False
+
+    # ---- noise correction -------------------------------------------------------------------------------------------
+
+    def _followed(self) -> list[tuple[int, Payload]]:
+        return [(part, p) for part, p in self._values if isinstance(p, Payload) and p.followed]
+
+    def before_update(self) -> None:
+        """The optimizer's step begins. In the paper's order nobody knows the base after a consensus point."""
+        if self._correction is not None and self._begins and not self._running and not self._based:
+            self._lay_out()
+            self._based, self._average = self._followed(), None
+            for _, payload in self._based:
+                payload.note_base()
+        self._begins = False
+
+    def after_update(self) -> None:
+        """The optimizer's step ends: correct the updates of a round."""
+        if self._correction is None:
+            return
+        self._correction.updates += 1
+        if self._based and (self._ends if self._overlapped else self.due):
+            self._correction.correct(self._based, self._average)
+            self._based = []
+        self._ends = False
 
     def _lay_out(self) -> None:
         """Make the buffers anew if parameters are others than before, were frozen, or lie elsewhere in memory."""
@@ -271,17 +324,19 @@ class DSSynchronizer:
         laid_out = [*map(id, now)], [*map(_TRAINABLE, now)], [*map(Tensor.data_ptr, now)]
         if laid_out == self._laid_out:
             return
-        self._laid_out, self._parameters = laid_out, now
+        self._laid_out, self._parameters, self._based = laid_out, now, []
+        if self._correction is not None:
+            self._correction.lay_out(now)
         averaged = self._averaged()
         self._sent_since_consensus.update(averaged)
         row_wise = {m.weight for m in self.module.modules() if is_table(m)}
         dense = by_dtype(p for p in averaged if p not in row_wise)
-        self._values = [
-            (part, Payload(values, self.wire_dtype or dtype, self._channel(i * MOST_PARTS + part)))
-            for i, (dtype, same) in enumerate(dense, 1)
-            for part, values in enumerate(in_parts(same, self.groups.parts))
-            if values
-        ]
+        self._values = []
+        for i, (dtype, same) in enumerate(dense, 1):
+            for part, values in enumerate(in_parts(same, self.groups.parts)):
+                if values:
+                    channel, wire = self._channel(i * MOST_PARTS + part), self.wire_dtype or dtype
+                    self._values.append((part, Payload(values, wire, channel, self._follow(values))))
         if self.index == 0:
             self._values.append((0, _Buffers(self.module, self._channel(_BUFFERS))))
         tables = _same_dtype(p for p in dict.fromkeys(averaged) if p in row_wise)
@@ -292,6 +347,14 @@ class DSSynchronizer:
                 if known:
                     rows.touch_all()
                 self._rows.append(rows)
+
+    def _follow(self, values: list[Tensor]) -> Followed | None:
+        """By the parameters that they are, or are parts of."""
+        if self._correction is None:
+            return None
+        starts = sorted((p.data_ptr(), i) for i, p in enumerate(self._parameters) if p.layout == torch.strided)
+        numbers = [starts[bisect_left(starts, (v.data_ptr() + 1,)) - 1][1] for v in values]
+        return Followed(numbers, len(self._parameters), values[0].device)
 
     def _channel(self, kind: int) -> int:
         """Optimizers may be under way together."""
@@ -403,10 +466,16 @@ class DSSynchronizer:
         self.on_consensus()
 
     def on_consensus(self) -> None:
-        """All replicas are equal now, after :meth:`discard`: what was frozen since need not be averaged any more."""
+        """All replicas are equal now, after :meth:`discard`: what was frozen since need not be averaged any more.
+
+        Collective over all ranks.
+        """
         for rows in self._rows:
             rows.agreed()
         self._sent_since_consensus.clear()
+        if self._correction is not None:
+            self._correction.lay_out(_parameters(self.optimizer))  # on ranks that have not begun yet, too
+            self._correction.agreed()
 
     def consensus_of_optimizer_state(self) -> None:
         """Replace the optimizer's floating state by its average over the ranks that have it; the rest is rank 0's."""
@@ -417,7 +486,8 @@ class DSSynchronizer:
     def own_state(self) -> dict[str, Any]:
         """What differs between ranks, between two rounds: which rows of sparse embeddings are to be sent."""
         frozen = [i for i, p in enumerate(_parameters(self.optimizer)) if p in self._sent_since_consensus]
-        return {"sent": frozen, "rows": [rows.due for rows in self._rows]}
+        noise = None if self._correction is None else self._correction.state_dict()
+        return {"sent": frozen, "rows": [rows.due for rows in self._rows], "noise": noise}
 
     def load_own_state(self, state: dict[str, Any]) -> None:
         """Go on where :meth:`own_state` was taken."""
@@ -428,16 +498,22 @@ class DSSynchronizer:
         for rows, due in zip(self._rows, state["rows"], strict=False):  # none before the first average
             for mine, saved in zip(rows.due, due, strict=True):
                 mine.copy_(saved)
+        if self._correction is not None and state.get("noise") is not None:
+            self._correction.load_state_dict(state["noise"])
 
     # ---- position and cost ------------------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, int]:
-        """The position in the schedule; the same on all ranks."""
-        return {"step": self.step}
+    def state_dict(self) -> dict[str, Any]:
+        """The position in the schedule, and what is known of noise; at a consensus point the same on all ranks."""
+        return {"step": self.step} | ({} if self._correction is None else {"noise": self._correction.state_dict()})
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken."""
         self.step = int(state["step"])
+        self._begins = self.step % self.sync_every == 0
+        if self._correction is not None and "noise" in state:
+            self._correction.lay_out(_parameters(self.optimizer))
+            self._correction.load_state_dict(state["noise"])
 
     @property
     def statistics(self) -> Statistics:
@@ -465,8 +541,26 @@ class DSSynchronizer:
 
     def regroup(self) -> None:
         """The groups were changed (:meth:`ScheduledGroups.change`), between two rounds: make the messages anew."""
-        self._laid_out, self._lanes = None, []
+        self._laid_out, self._lanes, self._based = None, [], []
         self.arrivals.clear()
+        if self._correction is not None:
+            self._correction.regroup()
+
+
+def _hook(synchronizer: DSSynchronizer, optimizer: Optimizer) -> None:
+    """Tell it when the optimizer's steps begin and end, as long as it lives."""
+    me = weakref.ref(synchronizer)
+
+    def before(*_: object) -> None:
+        if (synchronizer := me()) is not None:
+            synchronizer.before_update()
+
+    def after(*_: object) -> None:
+        if (synchronizer := me()) is not None:
+            synchronizer.after_update()
+
+    for handle in (optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)):
+        weakref.finalize(synchronizer, handle.remove).atexit = False
 
 
 def check_state_names(names: Any) -> tuple[str, ...]:

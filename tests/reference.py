@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ds_lightning.cost import rounds
+from ds_lightning.noise import RAMP, attenuation, deviations
 from ds_lightning.schedule import Schedule, mixing_matrix, schedule_parts
 
 
@@ -24,6 +26,7 @@ class Reference:
         sync_every: Only every so manieth step mixes; the schedule counts those. If overlapped, what it mixes is what
             there was before the first of them.
         average_gradients: Whether W_t also mixes the gradients; a missing one counts as zero, where others have one.
+        correct_noise: Whether updates are stretched as :class:`Noise` says; None: those of Adam are.
     """
 
     def __init__(
@@ -34,6 +37,7 @@ class Reference:
         overlap: bool,
         sync_every: int = 1,
         average_gradients: bool = False,
+        correct_noise: bool | None = None,
     ) -> None:
         self.models = [make_model() for _ in range(schedule.world_size)]
         self.optimizers = [make_optimizer(model) for model in self.models]
@@ -43,6 +47,9 @@ class Reference:
         self.average_gradients = average_gradients
         self.before: list[Tensor] = []
         self.t = 0
+        if correct_noise is None:
+            correct_noise = isinstance(self.optimizers[0], torch.optim.Adam) and not average_gradients
+        self.noise = [Noise(self, rank) for rank in range(len(self.models))] if correct_noise else []
 
     def step(self, backward: Callable[[nn.Module, int], object], update: Callable[[int], object] | None = None) -> None:
         """One step.
@@ -66,11 +73,14 @@ class Reference:
         if self.average_gradients:
             self._mix_gradients(w)
         if self.overlap:
-            self._add(self._mixed(ws, self.before))
+            self._average(ws, self.before)
         for rank, optimizer in enumerate(self.optimizers):
             update(rank) if update else optimizer.step()
+        if (self.t + 1) % self.sync_every == 0:
+            for noise in self.noise:
+                noise.stretch()
         if not self.overlap:
-            self._add(self._mixed(ws, [x.double() for x in self._stacked()]))
+            self._average(ws, [x.double() for x in self._stacked()])
         self.t += 1
 
     def flat(self, rank: int) -> Tensor:
@@ -93,6 +103,13 @@ class Reference:
             at += x[0].numel()
         return differences
 
+    def _average(self, ws: list[Tensor], before: list[Tensor]) -> None:
+        differences = self._mixed(ws, before)
+        self._add(differences)
+        if (self.t + 1) % self.sync_every == 0:
+            for noise in self.noise:
+                noise.averaged(before, differences)
+
     @torch.no_grad()
     def _add(self, differences: list[Tensor]) -> None:
         for xs, difference in zip(zip(*map(averaged, self.models), strict=True), differences, strict=True):
@@ -106,6 +123,54 @@ class Reference:
                 group = [gradients[rank] for rank in row.nonzero().flatten()]  # an overflow outside it must not count
                 there = [g.double() for g in group if g is not None]
                 p.grad = (sum(there) / len(group)).to(p.dtype) if there else None
+
+
+class Noise:
+    """The correction of one replica's updates, as `ds_lightning/noise.py` derives it, tensor by tensor."""
+
+    def __init__(self, reference: Reference, rank: int) -> None:
+        self.reference, self.rank = reference, rank
+        self.parameters = [*reference.models[rank].parameters()]
+        self.base = [p.detach().double() for p in self.parameters]  # what a round's updates are added to
+        self.moved: list[Tensor] | None = None  # by the latest average
+        self.round = 0  # whose average that was
+        self.rounds = 0
+        self.factors = [1.0] * len(self.parameters)
+        self.deviation, self.update = ([0.0] * len(self.parameters) for _ in range(2))
+
+    def begin_anew(self) -> None:
+        """The schedule is another."""
+        self.moved, self.rounds = None, 0
+
+    def averaged(self, before: list[Tensor], differences: list[Tensor]) -> None:
+        self.moved = [d[self.rank] for d in differences[: len(self.parameters)]]
+        mixed = zip(self.parameters, before, self.moved, strict=False)
+        self.base = [(x[self.rank] + d).to(p.dtype).double() for p, x, d in mixed]
+        self.round = self.reference.t // self.reference.sync_every
+
+    @torch.no_grad()
+    def stretch(self) -> None:
+        r = self.reference
+        (group,) = r.optimizers[self.rank].param_groups
+        b, k, n = group["betas"][0], r.sync_every, len(r.models)
+        kept = (1 - group["lr"] * group["weight_decay"] * group["decoupled_weight_decay"]) ** k
+        kappas, settling = deviations(rounds(r.schedule), b, k)
+        parts, total, at = schedule_parts(r.schedule), sum(p.numel() for p in self.parameters), 0
+        self.rounds += self.moved is not None
+        for i, (p, base) in enumerate(zip(self.parameters, self.base, strict=True)):
+            update = (p.double() - kept * base) * self.factors[i]
+            p.copy_(kept * base + update)
+            if self.moved is not None and self.rounds > settling:
+                part = torch.arange(at, at + p.numel()) * parts // total
+                kappa = torch.from_numpy(kappas[:, self.rank])[(self.round + part) % len(kappas)]
+                self.deviation[i] = 0.9 * self.deviation[i] + 0.1 * float(self.moved[i].square().sum())
+                self.update[i] = 0.9 * self.update[i] + 0.1 * float((kappa * update.flatten().square()).sum())
+            at += p.numel()
+            share = min(self.deviation[i] / self.update[i], 1.0) if self.update[i] else 0.0
+            noise = attenuation(b, k, r.t + 1 + k) * share
+            gradients = noise / (1 - share + noise) if noise else 0.0
+            stretch = max(1 - gradients * (1 - 1 / n), 1 / n) ** -0.5 - 1
+            self.factors[i] = 1 + stretch * min(1, (r.t + 1 + k) / RAMP)
 
 
 def mix(w: Tensor, x: Tensor) -> Tensor:

@@ -75,6 +75,8 @@ def arguments_of_the_process(monkeypatch):
         (["average_gradients=true"], "average_gradients", True),
         (['average_optimizer_state=["exp_avg_sq"]'], "average_optimizer_state", ("exp_avg_sq",)),
         (["optimizer_state_every=8"], "optimizer_state_every", 8),
+        (["noise_correction=auto"], "noise_correction", "auto"),
+        (["noise_correction=false"], "noise_correction", False),
         (["seed=7"], "seed", 7),
         (["start_method=fork"], "_start_method", "fork"),
         (["process_group_backend=gloo"], "process_group_backend", "gloo"),

@@ -120,6 +120,9 @@ class Users:
         ({"timeout": timedelta(seconds=-5)}, r"timeout=datetime.timedelta\(.*\) is not a timedelta of 1 ms"),
         ({"timeout": timedelta.max}, r"timeout=datetime.timedelta\(.*\) is not a timedelta of 1 ms"),
         ({"optimizer_state_every": 0}, "optimizer_state_every=0 is too small"),
+        ({"noise_correction": "on"}, "noise_correction='on' is neither a bool nor 'auto'"),
+        ({"noise_correction": 1}, "noise_correction=1 is neither a bool nor 'auto'"),
+        ({"noise_correction": True, "average_gradients": True}, "cannot be used with average_gradients=True"),
         ({"optimizer_state_every": "8"}, "optimizer_state_every='8' is not an int but a str"),
         (
             {"grop_size": 4},
@@ -229,6 +232,7 @@ def test_a_model_without_anything_to_train_is_refused(world_size):
             {"average_optimizer_state": ["exp_avg_sq"]},
             "'optimizer_state_every': 8",
         ),
+        ({"noise_correction": False}, {}, "'noise_correction': False"),
         ({"group_size": 4}, {"group_size": 2}, "'group_size': 4"),
     ],
 )

@@ -125,6 +125,7 @@ def options(n: int) -> dict[str, list[Any]]:
         "save_replicas": bools,
         "sync_every": positive,
         "optimizer_state_every": positive,
+        "noise_correction": ["auto", True, False, *map(Bad, ("on", "true", 0, 1, None, [], np.True_))],
         "wire_dtype": [None, "bf16", "fp16", "int8", "fp32", "bfloat16", "torch.float16", torch.bfloat16, torch.int8]
         + list(map(Bad, ("bf17", "", "nn", "int32", "float64", torch.int32, torch.float64, 16, True, ["bf16"], {})))
         + [Bad(np.float16), Bad(np.array([1, 2]), "wire_dtype=")],
@@ -440,6 +441,7 @@ def overrides(recipe: str, n: int) -> dict[str, list[Any]]:
         "strategy.save_replicas": bools(),
         "strategy.sync_every": ["1", "2", *must(0, 1.5, "x", "null", told="sync_every=")],
         "strategy.optimizer_state_every": ["1", "8", *must(0, 1.5, "x", told="optimizer_state_every=")],
+        "strategy.noise_correction": ["auto", "false", *must("maybe", 3, "null", told="noise_correction=")],
         "strategy.wire_dtype": ["null", "bf16", "fp16", "int8", *must("bf17", 16, "[bf16]", told="wire_dtype=")],
         "strategy.average_optimizer_state": ["[]", "[exp_avg_sq]"]
         + must("exp_avg_sq", "null", "[1]", "[exp_avg]", told="average_optimizer_state="),

@@ -1,0 +1,315 @@
+"""HOW MUCH of an update is noise, told by how far a worker is from its group when they average; nothing is sent for it.
+
+An adaptive optimizer divides by the root of its second moment. A worker's own second moment has the noise of its small
+batch in it, of which averaging over N workers would leave an N-th, so that the averaged update is too short. With s the
+square of what all workers' gradients have in common and n that of what is a worker's own (its noise), per tensor::
+
+    second moment of a worker  s + n,    of BSP  s + n / N,    ratio  R = 1 - share (1 - 1/N),    share = n / (s + n)
+
+and ``update / sqrt(R)`` has BSP's length. The share follows from two norms that a worker has anyway, in three steps.
+
+1. *Deviation.* What parts the replicas is noise alone: with Y the replicas less their mean, E the noise of a round's
+   updates and W the mixing matrix, ``Y' = W Y + E`` in both orders. An average moves rank i by ``d = (W - I) Y``.
+   Momentum b correlates E in time: an update's noise is an autoregressive process of coefficient b, and the sum of k
+   updates (`sync_every`) has the covariances ``c_m`` below. So ``C = cov(Y)`` and ``H = cov(Y, E)`` follow ::
+
+       C' = W C W^T + W H + (W H)^T + J,    H' = b^k W H + (c_1 / c_0) J,    J = I - 1 1^T / N
+
+   in units of the noise ``c_0``, and ``kappa = ((I - W) C (I - W)^T)_ii`` is what rank i's ``|d|^2`` is in them.
+   :func:`deviations` computes it from any schedule. With b = 0.9 it is 1.2 on a grid of two axes of 8, and 2.6 for
+   pairs of a large grid, which keep the deviations of many rounds.
+2. *Share of the update.* ``|d|^2 / (kappa |u|^2)``, as means over the latest rounds, u being the sum of the updates.
+3. *Share of the gradient.* Momentum averages noise and keeps what is common, by which the update's share is smaller
+   than the gradient's: in the gradient, noise to the rest is :func:`attenuation` times as large.
+
+The gradient noise scale (McCandlish et al. 2018, arXiv 1812.06162), in samples, is the batch of a worker times n / s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim import ASGD, LBFGS, SGD, Adadelta, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam, RMSprop, Rprop
+
+from ds_lightning.consensus import average_exactly
+from ds_lightning.cost import Floats, Round, rounds
+from ds_lightning.groups import ScheduledGroups
+from ds_lightning.payload import Payload
+
+# Of the mean of the latest rounds, the share that the next one leaves.
+_KEPT = 0.9
+# Up to here all ranks' covariances; beyond, two members of a group are taken to have nothing in common.
+_EXACT_RANKS = 256
+# torch's optimizers that are corrected unless said otherwise, and those that must not be.
+_ADAPTIVE = (Adam, AdamW, NAdam, RAdam, RMSprop)
+_OTHERS = (SGD, ASGD, Adadelta, Adamax, LBFGS, Rprop)
+# Updates over which the correction grows to its full size: the first ones are unlike those that follow.
+RAMP = 50
+# Above, momentum forgets too slowly to follow, and nobody uses it.
+_LARGEST_MOMENTUM = 0.99
+
+
+def deviations(period: Sequence[Round], momentum: float, every: int = 1) -> tuple[Floats, int]:
+    """What an average moves each rank by, per unit of noise in the updates of a round.
+
+    Args:
+        period: One period of a schedule.
+        momentum: Coefficient b with which an update's noise is part of the next update's.
+        every: Updates between averages.
+
+    Returns:
+        The mean square, shape (rounds, N), 0 where a rank is alone; and after how many rounds it is that, if all
+        replicas were equal before.
+    """
+    n = len(period[0].group_of)
+    b = min(momentum, _LARGEST_MOMENTUM)
+    common = sum(b ** abs(i - j) for i in range(every) for j in range(every))
+    next_one = sum(b ** (every + j - i) for i in range(every) for j in range(every)) / common
+    exact = n <= _EXACT_RANKS
+    noise = np.eye(n) - 1 / n if exact else np.full(n, 1 - 1 / n)
+    sizes = [groups.sizes[groups.group_of] for groups in period]
+    covariance, with_update = np.zeros_like(noise), np.zeros_like(noise)
+    before, seen = np.zeros((len(period), n)), 0
+    settled: list[float] = []
+    while True:
+        now = np.empty_like(before)
+        for t, (groups, size) in enumerate(zip(period, sizes, strict=True)):
+            if exact:
+                mixed = groups.means(covariance)
+                both = groups.means(mixed.T)
+                now[t] = np.diag(covariance) - 2 * np.diag(mixed) + np.diag(both)
+                carried = groups.means(with_update)
+                covariance = both + carried + carried.T + noise
+            else:
+                mean, carried = groups.means(covariance) / size, groups.means(with_update) / size
+                now[t] = covariance * (1 - 2 / size) + mean
+                covariance = mean + 2 * carried + noise
+            with_update = b**every * carried + next_one * noise
+        seen += len(period)
+        settled.append(float(now.mean()))
+        if (now.any() and np.abs(now - before).max() <= 1e-4 * now.max()) or seen > 20_000:
+            break
+        before = now
+    rounds = next(i for i, mean in enumerate(settled) if mean >= 0.98 * settled[-1]) * len(period)
+    return np.where(np.array(sizes) > 1, np.maximum(now, 0.0), 0.0), max(rounds, 2)
+
+
+def attenuation(momentum: float, every: int, updates: int) -> float:
+    """How many times larger the ratio of noise to the rest is in a gradient than in the sum of ``every`` updates.
+
+    After so many ``updates`` from the beginning, where a momentum is the mean of few gradients.
+    """
+    b = min(momentum, _LARGEST_MOMENTUM)
+    common = sum(b ** abs(i - j) for i in range(every) for j in range(every))
+    begun = (1 - b**updates) / (1 + b**updates)
+    return (1 + b) / (1 - b) * begun * every**2 / common
+
+
+class NoiseShare:
+    """Of tensors, the share of noise in the updates: running means that any number of them can have, in one tensor.
+
+    Args:
+        shape: Of what has a share each.
+        device: Where it is computed.
+        dtype: In which.
+    """
+
+    def __init__(
+        self, shape: Sequence[int], device: torch.device | None = None, dtype: torch.dtype = torch.float32
+    ) -> None:
+        # Of |d|^2, and of kappa |u|^2: in this ratio rounds weigh by what they tell.
+        self.squares = torch.zeros(2, *shape, device=device, dtype=dtype)
+
+    def take(self, deviation: Tensor, update: Tensor) -> None:
+        """Of a round, the squares of what the average moved each of them by, and of their updates, times kappa."""
+        latest = torch.stack([deviation, update])
+        kept = torch.lerp(latest, self.squares, _KEPT)
+        self.squares = torch.where(kept.isfinite().all(0), kept, self.squares)
+
+    def of_gradients(self, attenuation: float | Tensor) -> Tensor:
+        """The share of noise in the gradients, from 0 to 1; 0 where there was no update."""
+        deviation, update = self.squares
+        share = torch.where(update > 0, deviation / update, 0.0).clamp_(0, 1)
+        noise = attenuation * share
+        return (noise / (1 - share + noise)).nan_to_num_(0.0)
+
+    def stretch(self, attenuation: float | Tensor, world_size: int, updates: int) -> Tensor:
+        """``1 / sqrt(R) - 1``: what is to be added of each update, of which there have been so many with it."""
+        ratio = 1 - self.of_gradients(attenuation) * (1 - 1 / world_size)
+        return ratio.clamp_min_(1 / world_size).rsqrt_().sub_(1).mul_(min(1.0, updates / RAMP))
+
+
+class NoiseCorrection:
+    """Makes the updates of one optimizer as long as BSP's: what the synchronizer asks, round by round.
+
+    It takes a few numbers for each tensor, and one more copy of the parameters where averages do not keep one
+    (:class:`~ds_lightning.payload.Payload`).
+
+    Args:
+        optimizer: Whose updates are corrected. Its momentum is its first beta, or RMSprop's momentum.
+        groups: Of the schedule.
+        every: Updates between averages.
+    """
+
+    def __init__(self, optimizer: Optimizer, groups: ScheduledGroups, every: int) -> None:
+        self._optimizer, self._groups, self._every = optimizer, groups, every
+        self._parameters: list[Tensor] = []
+        self._share = NoiseShare((0,))
+        self._kappas: dict[float, list[float]] = {}  # of this rank by round of a period, by momentum
+        self._settling = 0  # rounds until replicas that were equal are apart as usual
+        self._rounds = 0  # since they were
+        self.updates = 0  # since the optimizer began
+        self._factors = torch.zeros(0)  # of the next updates, less 1
+        self._copied: tuple[Tensor, torch.cuda.Event] | None = None  # on the host: nobody waits for a GPU at a step
+
+    def lay_out(self, parameters: list[Tensor]) -> None:
+        """Take over the optimizer's parameters, and what is known of those that it had before."""
+        if [*map(id, parameters)] == [*map(id, self._parameters)]:
+            return
+        known = {id(p): i for i, p in enumerate(self._parameters)}
+        share = NoiseShare((len(parameters),), parameters[0].device if parameters else None)
+        for i, p in enumerate(parameters):
+            if id(p) in known:
+                share.squares[:, i] = self._share.squares[:, known[id(p)]]
+        self._parameters, self._share = parameters, share
+        self._prepare()
+
+    def regroup(self) -> None:
+        """The schedule is another."""
+        self._kappas, self._rounds = {}, 0
+
+    def agreed(self) -> None:
+        """All replicas are equal, and so is what ranks know of their noise from here on. Collective."""
+        updates = torch.tensor([float(self.updates)], dtype=torch.float64)
+        average_exactly([self._share.squares, updates])
+        self._rounds, self.updates = 0, round(updates.item())
+        self._prepare()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next rounds depend on."""
+        return {"squares": self._share.squares.cpu(), "rounds": self._rounds, "updates": self.updates}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken, after :meth:`lay_out`; from the start if parameters are others."""
+        if state["squares"].shape == self._share.squares.shape:
+            self._share.squares.copy_(state["squares"])
+            self._rounds, self.updates = state["rounds"], state["updates"]
+            self._prepare()
+
+    @torch.no_grad()
+    def correct(self, payloads: Sequence[tuple[int, Payload]], average: int | None) -> None:
+        """Stretch the updates that were made since the base was.
+
+        Args:
+            payloads: Of the parameters, with their parts.
+            average: Round of the average that made the base; None if none did.
+        """
+        groups = self._optimizer.param_groups
+        decays = self._of_parameters([_decay(self._optimizer, group, self._every) for group in groups])
+        factors, device = self._factors_on_host(), self._factors.device
+        deviation, update = torch.zeros_like(self._factors), torch.zeros_like(self._factors)
+        for part, payload in payloads:
+            squares = payload.stretch(factors, decays)
+            if average is not None:
+                kappas = [self._kappas_of(group)[(average + part) % self._groups.period] for group in groups]
+                deviation += payload.squares
+                one = kappas[0] if len({*kappas}) == 1 else torch.tensor(self._of_parameters(kappas), device=device)
+                update += squares * one
+        if average is not None:
+            self._rounds += 1
+            if self._rounds > self._settling:
+                self._share.take(deviation, update.mul_((1 + self._factors).square_()))
+        self._prepare()
+
+    def noise_and_signal(self) -> tuple[Tensor, Tensor]:
+        """Of the gradient that each rank computes, the squares of its noise and of the rest, summed over parameters.
+
+        In the units of the latest gradients. Each rank's own estimate.
+        """
+        share = self._share.of_gradients(self._attenuations(self.updates))
+        gradients = [p.new_zeros(()) if p.grad is None else p.grad.norm() for p in self._parameters]
+        squares = torch.stack([g.to(share) for g in gradients]).square_()
+        return (share * squares).sum(), ((1 - share) * squares).sum()
+
+    def _prepare(self) -> None:
+        """The factors of the next round's updates."""
+        updates = self.updates + self._every
+        each, ranks = self._attenuations(updates), self._groups.schedule.world_size
+        self._factors = self._share.stretch(each, ranks, updates)
+        if self._factors.is_cuda:
+            host = torch.empty_like(self._factors, device="cpu", pin_memory=True)
+            host.copy_(self._factors, non_blocking=True)
+            self._copied = host, torch.cuda.Event()
+            self._copied[1].record()
+
+    def _factors_on_host(self) -> list[float]:
+        if self._copied is None:
+            return self._factors.tolist()
+        host, event = self._copied
+        event.synchronize()
+        return host.tolist()
+
+    def _attenuations(self, updates: int) -> Tensor | float:
+        each = [attenuation(_momentum(group), self._every, updates) for group in self._optimizer.param_groups]
+        if len({*each}) == 1:
+            return each[0]
+        return torch.tensor(self._of_parameters(each), device=self._share.squares.device)
+
+    def _of_parameters(self, values: list[float]) -> list[float]:
+        """What is one for each of the optimizer's groups, for each parameter."""
+        groups = self._optimizer.param_groups
+        return [value for value, group in zip(values, groups, strict=True) for _ in group["params"]]
+
+    def _kappas_of(self, group: dict[str, Any]) -> list[float]:
+        momentum = round(_momentum(group), 2)  # a schedule may change it at every step
+        if momentum not in self._kappas:
+            of_all, settling = deviations(rounds(self._groups.schedule), momentum, self._every)
+            self._kappas[momentum] = of_all[:, self._groups.rank].tolist()
+            self._settling = settling
+        return self._kappas[momentum]
+
+
+def _momentum(group: dict[str, Any]) -> float:
+    """The coefficient with which a gradient's noise is part of the next update."""
+    betas = group.get("betas")
+    return float(betas[0] if betas else group.get("momentum", 0.0))
+
+
+def _decay(optimizer: Optimizer, group: dict[str, Any], every: int) -> float:
+    """The share of the parameters that so many updates take away beside the gradients: AdamW's decay."""
+    if not group.get("decoupled_weight_decay", isinstance(optimizer, AdamW)):
+        return 0.0
+    return float(1 - (1 - float(group["lr"]) * group["weight_decay"]) ** every)
+
+
+def check_noise_correction(value: Any, average_gradients: bool = False) -> bool | str:
+    """``noise_correction`` itself, or a ``ValueError``."""
+    if not isinstance(value, bool) and value != "auto":
+        raise ValueError(f"noise_correction={value!r} is neither a bool nor 'auto'. HINT: use 'auto', True or False.")
+    if value is True and average_gradients:
+        raise ValueError(
+            "noise_correction=True cannot be used with average_gradients=True, whose gradients' noise members share,"
+            " so that their distance does not tell it. HINT: use noise_correction='auto' or False."
+        )
+    return value if isinstance(value, bool) else "auto"
+
+
+def corrects_noise(choice: bool | str, optimizer: Optimizer, average_gradients: bool = False) -> bool:
+    """What ``noise_correction`` comes to with an optimizer.
+
+    Raises:
+        ValueError: If it is True, and the optimizer does not divide by the root of a second moment.
+    """
+    if choice == "auto":
+        centered = isinstance(optimizer, RMSprop) and any(group["centered"] for group in optimizer.param_groups)
+        return isinstance(optimizer, _ADAPTIVE) and not centered and not average_gradients
+    if choice and isinstance(optimizer, _OTHERS):
+        raise ValueError(
+            f"noise_correction=True cannot be used with {type(optimizer).__name__}, which does not divide by the root"
+            " of a second moment, so that noise does not shorten its steps. HINT: use noise_correction='auto' or False."
+        )
+    return bool(choice)
