@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.data import extract_batch_size
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
@@ -30,6 +33,10 @@ class ConsensusMonitor(Callback):
     * ``dssync/seconds_running``: seconds per step in which an average was under way, waited for or not;
     * ``dssync/hidden_share``: the share of the latter that compute hid;
     * ``dssync/bytes_sent``: bytes that a rank sent per step;
+    * ``dssync/gradient_noise_scale``, where updates are corrected for noise: ``tr(S) / |G|^2`` in samples, S the
+      covariance of a sample's gradient and G their mean (McCandlish et al. 2018, arXiv 1812.06162, equation 2.7). It
+      is told by how far replicas are apart (:mod:`ds_lightning.noise`), from norms in the optimizer's units and the
+      latest gradients, once they are apart as usual. Within a factor of about 3;
     * ``dssync/plan`` and ``dssync/slowest_link``, where plans adapt: how often the plan has changed, and the smallest
       share of its bandwidth that any link is thought to have left.
 
@@ -86,16 +93,20 @@ class ConsensusMonitor(Callback):
         steps, self._last_step = step - self._last_step, step
         seen, self._seen = self._seen, strategy.statistics
         distance, norm = consensus_distance(pl_module)
-        cost = torch.tensor(
+        noise, signal = self._noise_and_signal(strategy)
+        sums = torch.tensor(
             [
                 self._seen.seconds_waiting - seen.seconds_waiting,
                 self._seen.seconds_running - seen.seconds_running,
                 self._seen.bytes_sent - seen.bytes_sent,
+                noise * _samples(batch) * trainer.accumulate_grad_batches,
+                signal,
             ],
             dtype=torch.float64,
         ).to(strategy.root_device)
-        dist.all_reduce(cost)
-        waiting, running, sent = (cost / (trainer.world_size * steps)).tolist()
+        dist.all_reduce(sums)
+        waiting, running, sent = (sums[:3] / (trainer.world_size * steps)).tolist()
+        noise, signal = sums[3:].tolist()
         pl_module.log_dict(
             {
                 "dssync/consensus_distance": distance,
@@ -105,11 +116,29 @@ class ConsensusMonitor(Callback):
                 "dssync/bytes_sent": sent,
             }
         )
+        if noise and signal:
+            pl_module.log("dssync/gradient_noise_scale", noise / signal)
         if strategy.adapting is not None:
             plan, slowest = float(strategy.adapting.version), strategy.adapting.slowest
             pl_module.log_dict({"dssync/plan": plan, "dssync/slowest_link": slowest})
         relative = distance / norm if norm else 0.0
         pl_module.log("dssync/relative_consensus_distance", relative, prog_bar=self.prog_bar)
+
+    @staticmethod
+    def _noise_and_signal(strategy: DSSyncStrategy) -> tuple[float, float]:
+        """Of this rank's gradients; zeros where that is not known."""
+        known = [s.noise_and_signal() for s in strategy.synchronizers]
+        return sum(noise for noise, _ in known), sum(signal for _, signal in known)
+
+
+def _samples(batch: Any) -> int:
+    """In a batch; 1 where Lightning cannot tell."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of sizes that may be meant otherwise
+        try:
+            return extract_batch_size(batch)
+        except MisconfigurationException:
+            return 1
 
 
 @torch.no_grad()

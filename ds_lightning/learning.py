@@ -69,8 +69,8 @@ class Experiment:
         average_gradients: Average gradients in the group as well.
         average_optimizer_state: Optimizer states to average as well.
         optimizer_state_every: In one period of the schedule out of so many.
-        noise_correction: Make Adam's updates as long as BSP's, see ``noise.py``; ``"auto"``: with Adam and a schedule
-            whose workers average parameters and not also gradients.
+        noise_correction: Make Adam's updates as long as BSP's, see ``noise.py``; ``"auto"``: at a wire of 32 bits, where
+            workers average parameters and not also gradients.
         optimizer: ``"sgd"`` (momentum 0.9) or ``"adam"``.
         lr: Learning rate.
         batch_size: Samples per worker and step.
@@ -140,7 +140,10 @@ class Experiment:
     @property
     def corrects_noise(self) -> bool:
         """What ``noise_correction`` comes to."""
-        return self._has_noise_to_correct() if self.noise_correction == "auto" else bool(self.noise_correction)
+        wire = as_wire_dtype(self.wire_dtype)
+        if self.noise_correction == "auto":
+            return self._has_noise_to_correct() and (wire is None or wire.itemsize >= 4)
+        return bool(self.noise_correction)
 
     def _has_noise_to_correct(self) -> bool:
         alone = self.schedule in BASELINES or self.average_gradients or self.world_size == 1

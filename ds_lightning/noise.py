@@ -225,14 +225,16 @@ class NoiseCorrection:
                 self._share.take(deviation, update.mul_((1 + self._factors).square_()))
         self._prepare()
 
+    @torch.no_grad()
     def noise_and_signal(self) -> tuple[Tensor, Tensor]:
-        """Of the gradient that each rank computes, the squares of its noise and of the rest, summed over parameters.
+        """Of the gradient that this rank computes, the squares of its noise and of the rest, summed over parameters.
 
-        In the units of the latest gradients. Each rank's own estimate.
+        Of those whose noise is known, in the units of the latest gradients.
         """
-        share = self._share.of_gradients(self._attenuations(self.updates))
-        gradients = [p.new_zeros(()) if p.grad is None else p.grad.norm() for p in self._parameters]
-        squares = torch.stack([g.to(share) for g in gradients]).square_()
+        share, known = self._share.of_gradients(self._attenuations(self.updates)), self._share.squares[1] > 0
+        dense = [None if p.grad is None or p.grad.is_sparse else p.grad for p in self._parameters]
+        gradients = [share.new_zeros(()) if grad is None else grad.norm() for grad in dense]
+        squares = torch.stack([share.new_zeros(()), *(g.to(share) for g in gradients)])[1:].square() * known
         return (share * squares).sum(), ((1 - share) * squares).sum()
 
     def _prepare(self) -> None:
@@ -298,15 +300,21 @@ def check_noise_correction(value: Any, average_gradients: bool = False) -> bool 
     return value if isinstance(value, bool) else "auto"
 
 
-def corrects_noise(choice: bool | str, optimizer: Optimizer, average_gradients: bool = False) -> bool:
+def corrects_noise(
+    choice: bool | str, optimizer: Optimizer, average_gradients: bool = False, wire: torch.dtype | None = None
+) -> bool:
     """What ``noise_correction`` comes to with an optimizer.
+
+    ``"auto"`` leaves it out at a wire of few bits: where replicas are nearer to each other than its steps, what averages
+    add is mostly rounding, which looks like noise of the updates.
 
     Raises:
         ValueError: If it is True, and the optimizer does not divide by the root of a second moment.
     """
     if choice == "auto":
         centered = isinstance(optimizer, RMSprop) and any(group["centered"] for group in optimizer.param_groups)
-        return isinstance(optimizer, _ADAPTIVE) and not centered and not average_gradients
+        exact = wire is None or wire.itemsize >= 4
+        return isinstance(optimizer, _ADAPTIVE) and not centered and not average_gradients and exact
     if choice and isinstance(optimizer, _OTHERS):
         raise ValueError(
             f"noise_correction=True cannot be used with {type(optimizer).__name__}, which does not divide by the root"

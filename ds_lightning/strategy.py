@@ -125,8 +125,8 @@ class DSSyncStrategy(DDPStrategy):
             eighth of the bytes.
         noise_correction: Make an adaptive optimizer's updates as long as DDP's at the same learning rate, by how far
             replicas are apart when they average, see :mod:`ds_lightning.noise`; it sends nothing. ``"auto"``: with
-            torch's Adam, AdamW, NAdam, RAdam and RMSprop, unless gradients are averaged as well. ``True``: with
-            optimizers of others, too.
+            torch's Adam, AdamW, NAdam, RAdam and RMSprop, unless gradients are averaged as well or the wire has fewer
+            than 32 bits. ``True``: also at such a wire, where rounding counts as noise, and with optimizers of others.
         seed: Seed of random schedules; the same on all ranks.
         adapt: With ``schedule="topology"``: measure links and compute while training, and change to another plan where
             they are no longer what it was made for, see :mod:`ds_lightning.adapting`. ``False`` keeps the first plan,
@@ -318,7 +318,7 @@ class DSSyncStrategy(DDPStrategy):
             )
         if self._groups is not None:
             for optimizer in self.optimizers:
-                corrects_noise(self.noise_correction, optimizer, self.average_gradients)  # refuses what must not be
+                self._corrects_noise(optimizer)  # refuses what must not be
         tables = [m.weight for m in trainer.lightning_module.modules() if is_table(m)]
         if self.average_gradients and self._groups is not None and any(table.requires_grad for table in tables):
             raise ValueError(SPARSE_GRADIENTS)
@@ -412,7 +412,7 @@ class DSSyncStrategy(DDPStrategy):
             wire_dtype=self.wire_dtype,
             average_optimizer_state=self.average_optimizer_state,
             optimizer_state_every=self.optimizer_state_every,
-            noise_correction=corrects_noise(self.noise_correction, optimizer, self.average_gradients),
+            noise_correction=self._corrects_noise(optimizer),
             index=index,
             broadcast=False,
         )
@@ -421,6 +421,9 @@ class DSSyncStrategy(DDPStrategy):
         synchronizer.timed = self.timed
         self.synchronizers.append(synchronizer)
         return synchronizer
+
+    def _corrects_noise(self, optimizer: Optimizer) -> bool:
+        return corrects_noise(self.noise_correction, optimizer, self.average_gradients, self.wire_dtype)
 
     def synchronizers_in_order(self) -> list[DSSynchronizer]:
         """In the order of Lightning's optimizers, whose first steps may have come in any other."""

@@ -107,7 +107,7 @@ class DSSynchronizer:
         average_optimizer_state: Names of optimizer states that are averaged too, such as ``("exp_avg_sq",)``.
         optimizer_state_every: In one period of the schedule out of so many; a second moment changes slowly.
         noise_correction: Make updates as long as BSP's, at the end of each of the optimizer's steps (``noise.py``).
-            ``"auto"``: with torch's Adam, AdamW, NAdam, RAdam and RMSprop; False together with
+            ``"auto"``: with torch's Adam, AdamW, NAdam, RAdam and RMSprop at a wire of 32 bits; False together with
             :meth:`average_gradients`.
         index: Which one it is of several optimizers of ``module``; the first (0) averages the float buffers, too.
         broadcast: Whether to check that all ranks have the same model, and to start from rank 0's.
@@ -164,7 +164,7 @@ class DSSynchronizer:
         self._overlapped = False
         self._begins = True  # the coming update is the first of a round
         self._ends = False  # overlapped: it is the last
-        if self.groups.schedule.world_size > 1 and corrects_noise(noise_correction, optimizer):
+        if self.groups.schedule.world_size > 1 and corrects_noise(noise_correction, optimizer, wire=self.wire_dtype):
             self._correction = NoiseCorrection(optimizer, self.groups, self.sync_every)
             _hook(self, optimizer)
         if broadcast:
@@ -298,6 +298,13 @@ class DSSynchronizer:
 
     def _followed(self) -> list[tuple[int, Payload]]:
         return [(part, p) for part, p in self._values if isinstance(p, Payload) and p.followed]
+
+    def noise_and_signal(self) -> tuple[float, float]:
+        """Of the gradient that this rank computes, the squares of its noise and of the rest; zeros if not known."""
+        if self._correction is None:
+            return 0.0, 0.0
+        noise, signal = self._correction.noise_and_signal()
+        return float(noise), float(signal)
 
     def before_update(self) -> None:
         """The optimizer's step begins. In the paper's order nobody knows the base after a consensus point."""

@@ -1,0 +1,378 @@
+"""Noise correction: the arithmetic against samples, updates on forked ranks against BSP's and the plain reference."""
+
+import gc
+import math
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.functional import mse_loss
+
+from ds_lightning import CyclicSchedule, DSSynchronizer, GridSchedule, ShuffleSchedule
+from ds_lightning.cost import rounds
+from ds_lightning.groups import ScheduledGroups
+from ds_lightning.lanes import Lane
+from ds_lightning.noise import RAMP, NoiseShare, attenuation, check_noise_correction, corrects_noise, deviations
+from ds_lightning.payload import Followed, Payload
+from ds_lightning.schedule import mixing_matrix
+from tests.ranks import run_ranks
+from tests.reference import Reference, flat, relative_error
+
+UNEQUAL = CyclicSchedule([[(0, 1), (2, 3, 4)], [(0,), (1, 2), (3, 4)], [(0, 4), (1, 3), (2,)]])
+
+# ---- the arithmetic --------------------------------------------------------------------------------------------------
+
+
+def sampled(schedule, momentum, every, in_order):
+    """What averages move each rank by, from replicas whose updates are noise: the mean over many values and periods."""
+    generator = np.random.default_rng(1)
+    n, period = schedule.world_size, len(rounds(schedule))
+    noise, replicas = np.zeros((2, n, 4000))
+    for _ in range(100):
+        noise = momentum * noise + generator.standard_normal(noise.shape)
+    square = np.zeros((period, n))
+    size = 0.0
+    for t in range(8 * period):
+        update = np.zeros_like(noise)
+        for _ in range(every):
+            noise = momentum * noise + generator.standard_normal(noise.shape)
+            update += noise
+        replicas = replicas + update if in_order else replicas
+        moved = mixing_matrix(schedule, t) @ replicas - replicas
+        replicas = replicas + moved if in_order else replicas + moved + update
+        if t >= 4 * period:
+            square[t % period] += (moved**2).mean(1) / 4
+            size += (update**2).mean() / (4 * period)
+    return square / size
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+@pytest.mark.parametrize(
+    ("schedule", "momentum", "every"),
+    [
+        (GridSchedule(2, 2), 0.9, 1),
+        (GridSchedule(8, 2), 0.9, 1),
+        (GridSchedule(8, 2), 0.9, 4),
+        (GridSchedule(9, 3), 0.0, 1),
+        (ShuffleSchedule(7, 2), 0.5, 2),
+        (UNEQUAL, 0.9, 1),
+        (GridSchedule(6, 6), 0.9, 3),
+    ],
+    ids=repr,
+)
+def test_deviations_are_those_of_replicas_that_noise_parts(schedule, momentum, every, in_order):
+    expected, _ = deviations(rounds(schedule), momentum, every)
+    assert expected == pytest.approx(sampled(schedule, momentum, every, in_order), rel=0.08, abs=1e-3)
+
+
+@pytest.mark.parametrize(("n", "g"), [(4, 2), (16, 4), (64, 8)])
+@pytest.mark.parametrize("b", [0.0, 0.9])
+def test_deviations_on_a_grid_of_two_axes(n, g, b):
+    """An average of the latest two rounds alone: by hand."""
+    kappa, settled = deviations(rounds(GridSchedule(n, g)), b)
+    assert kappa == pytest.approx(np.full((2, n), (1 - 1 / g) * (1 + (1 + 2 * b) / g)), rel=1e-3)
+    assert settled == 2
+
+
+def test_deviations_of_many_ranks_are_near_those_of_fewer():
+    """Above 256 ranks members are taken to have nothing in common."""
+    exact, settled = deviations(rounds(GridSchedule(256, 2)), 0.9)
+    many, later = deviations(rounds(GridSchedule(512, 2)), 0.9)
+    assert many.shape == (9, 512)
+    assert many.mean() == pytest.approx(exact.mean(), rel=0.03)
+    assert 2 <= settled <= later <= 30
+
+
+def test_a_rank_that_is_alone_deviates_from_nobody():
+    kappa, _ = deviations(rounds(UNEQUAL), 0.9)
+    assert kappa[1, 0] == kappa[2, 2] == 0
+    assert (kappa > 0).sum() == 13
+
+
+@pytest.mark.parametrize(("updates", "every"), [(1, 1), (4, 1), (400, 1), (400, 3)])
+@pytest.mark.parametrize("b", [0.0, 0.9])
+def test_attenuation_is_that_of_a_bias_corrected_momentum(b, updates, every):
+    """Against the weights that the sum of updates gives to each gradient."""
+    steps = updates + every - 1
+    weights = np.zeros(steps)
+    for t in range(updates, steps + 1):
+        weights[:t] += (1 - b) * b ** np.arange(t)[::-1] / (1 - b**t)
+    signal, noise = weights.sum() ** 2, (weights**2).sum()
+    assert attenuation(b, every, updates) == pytest.approx(signal / noise, rel=1e-2)
+
+
+def test_nothing_known_stretches_nothing():
+    share = NoiseShare((3,))
+    assert share.stretch(19.0, 8, 1000).tolist() == [0, 0, 0]
+    share.take(torch.tensor([0.0, 1.0, math.nan]), torch.tensor([1.0, 0.0, 1.0]))
+    assert share.stretch(19.0, 8, 1000).tolist() == [0, 0, 0]
+
+
+def test_shares_and_their_limits():
+    share = NoiseShare((3,))
+    for _ in range(2):
+        share.take(torch.tensor([0.1, 5.0, 0.5]), torch.tensor([1.0, 1.0, 1.0]))
+        share.take(torch.full((3,), math.inf), torch.ones(3))  # of an update that overflowed
+    noise = 19 * 0.1 / (0.9 + 1.9)
+    assert share.of_gradients(19.0) == pytest.approx([noise, 1.0, 0.95])
+    expected = [(1 - n * 7 / 8) ** -0.5 - 1 for n in (noise, 1, 0.95)]
+    assert share.stretch(19.0, 8, 1000) == pytest.approx(expected, rel=1e-5)
+    assert expected[1] == pytest.approx(math.sqrt(8) - 1)  # never more than the root of N
+    assert share.stretch(19.0, 8, RAMP // 2) == pytest.approx([e / 2 for e in expected], rel=1e-5)
+
+
+# ---- where it is used ------------------------------------------------------------------------------------------------
+
+
+class Foreign(torch.optim.Optimizer):
+    """Of another library."""
+
+
+@pytest.mark.parametrize(
+    ("make", "automatic"),
+    [
+        (torch.optim.Adam, True),
+        (torch.optim.AdamW, True),
+        (torch.optim.NAdam, True),
+        (torch.optim.RAdam, True),
+        (torch.optim.RMSprop, True),
+        (partial(torch.optim.RMSprop, centered=True), False),
+        (torch.optim.Adagrad, False),
+        (partial(Foreign, defaults={}), False),
+    ],
+)
+def test_which_optimizers_are_corrected(make, automatic):
+    optimizer = make([nn.Parameter(torch.ones(3))])
+    assert corrects_noise("auto", optimizer) is automatic
+    assert corrects_noise("auto", optimizer, average_gradients=True) is False
+    assert corrects_noise(True, optimizer) is True
+    assert corrects_noise(False, optimizer) is False
+    assert corrects_noise("auto", optimizer, wire=torch.float32) is automatic
+    assert corrects_noise("auto", optimizer, wire=torch.int8) is False
+    assert corrects_noise(True, optimizer, wire=torch.bfloat16) is True
+
+
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.LBFGS, torch.optim.Adadelta, torch.optim.Adamax])
+def test_optimizers_that_must_not_be_corrected(make):
+    optimizer = make([nn.Parameter(torch.ones(3))])
+    assert corrects_noise("auto", optimizer) is False
+    with pytest.raises(ValueError, match=f"True cannot be used with {make.__name__}, which does not.*HINT: use"):
+        corrects_noise(True, optimizer)
+
+
+@pytest.mark.parametrize("value", [1, None, "yes", "true", [True]])
+def test_other_values_are_refused(value):
+    with pytest.raises(ValueError, match=r"is neither a bool nor 'auto'\. HINT"):
+        check_noise_correction(value)
+
+
+# ---- on real ranks ---------------------------------------------------------------------------------------------------
+
+SIGNALS = (1.0, 0.3, 0.0)  # of three tensors, beside noise of 1
+STEPS = 240
+
+
+def make_tensors():
+    return nn.ParameterList([torch.zeros(40, 50) for _ in SIGNALS])
+
+
+def gradients(rank, t, signals=SIGNALS):
+    generator = torch.Generator().manual_seed(10_000 * t + rank)
+    return [s + torch.randn(40, 50, generator=generator) for s in signals]
+
+
+def travelled(rank, overlap, correct, *, schedule, **options):
+    """How far the mean of the replicas has moved since the first half of the steps, and bytes sent."""
+    model = make_tensors()
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    sync = DSSynchronizer(model, optimizer, ScheduledGroups(schedule), noise_correction=correct, **options)
+    for t in range(STEPS):
+        if overlap:
+            sync.start()
+        for p, grad in zip(model, gradients(rank, t), strict=True):
+            p.grad = grad
+        if overlap:
+            sync.finish()
+        optimizer.step()
+        if not overlap:
+            sync.synchronize()
+        if t == STEPS // 2 - 1:
+            sync.consensus()
+            begun = [p.detach().clone() for p in model]
+    sync.consensus()
+    return [(p - b).norm().item() for p, b in zip(model, begun, strict=True)], sync.statistics.bytes_sent
+
+
+def travelled_by_bsp(n):
+    model = make_tensors()
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    for t in range(STEPS):
+        everyones = [gradients(rank, t) for rank in range(n)]
+        for p, *grads in zip(model, *everyones, strict=True):
+            p.grad = torch.stack(grads).mean(0)
+        optimizer.step()
+        if t == STEPS // 2 - 1:
+            begun = [p.detach().clone() for p in model]
+    return [(p - b).norm().item() for p, b in zip(model, begun, strict=True)]
+
+
+@pytest.mark.parametrize("overlap", [True, False], ids=["overlap", "paper"])
+@pytest.mark.parametrize(
+    ("schedule", "options"),
+    [
+        (GridSchedule(4, 2), {}),
+        (GridSchedule(4, 4), {}),
+        (GridSchedule(4, 2), {"sync_every": 4}),
+        pytest.param(GridSchedule(8, 2), {}, marks=pytest.mark.slow),
+        pytest.param(UNEQUAL, {}, marks=pytest.mark.slow),
+        pytest.param(CyclicSchedule([[(0, 1), (2, 3)], [(0, 3), (1,), (2,)]], parts=2), {}, marks=pytest.mark.slow),
+    ],
+    ids=repr,
+)
+def test_updates_are_as_long_as_bsps(schedule, options, overlap):
+    n = schedule.world_size
+    run = partial(travelled, schedule=schedule, **options)
+    corrected, plain = (run_ranks(run, n, overlap, on)[0] for on in (True, False))
+    bsp = travelled_by_bsp(n)
+    for i, expected in enumerate(bsp):
+        assert corrected[0][i] == pytest.approx(expected, rel=0.1), (i, plain)
+        assert plain[0][i] < 0.85 * expected
+    assert corrected[1] == plain[1]  # bytes
+
+
+def regression(rank, t, size=8):
+    generator = torch.Generator().manual_seed(1000 * t + rank)
+    return torch.randn(size, 10, generator=generator), torch.randn(size, 3, generator=generator)
+
+
+def backward(t, model, rank):
+    x, y = regression(rank, t)
+    mse_loss(model(x), y).backward()
+
+
+def make_model():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(10, 6), nn.Tanh(), nn.Linear(6, 3), nn.Linear(3, 3))
+    model[3].requires_grad_(False)
+    return model
+
+
+def make_adamw(model):
+    return torch.optim.AdamW(model.parameters(), 1e-2, weight_decay=0.5)
+
+
+def trained(rank, schedule, overlap, steps, **options):
+    model = make_model()
+    optimizer = make_adamw(model)
+    sync = DSSynchronizer(model, optimizer, ScheduledGroups(schedule), **options)
+    seen = []
+    for t in range(steps):
+        if overlap:
+            sync.start()
+        optimizer.zero_grad()
+        backward(t, model, rank)
+        if overlap:
+            sync.finish()
+        optimizer.step()
+        if not overlap:
+            sync.synchronize()
+        seen.append(flat(model))
+    return seen
+
+
+@pytest.mark.parametrize("overlap", [True, False], ids=["overlap", "paper"])
+@pytest.mark.parametrize("every", [1, 2, 3])
+@pytest.mark.parametrize(
+    "schedule", [GridSchedule(4, 2), GridSchedule(3, 3), pytest.param(UNEQUAL, marks=pytest.mark.slow)], ids=repr
+)
+def test_corrected_updates_equal_the_reference(schedule, every, overlap):
+    """With decay, which is not stretched, and with frozen parameters, step by step."""
+    ranks = run_ranks(partial(trained, sync_every=every), schedule.world_size, schedule, overlap, 60)
+    reference = Reference(make_model, make_adamw, schedule, overlap, every)
+    for t in range(60):
+        reference.step(partial(backward, t))
+        for rank, seen in enumerate(ranks):
+            assert relative_error(seen[t], reference.flat(rank)) < 1e-5, (t, rank)
+    assert max(max(noise.factors) for noise in reference.noise) > 1.2
+
+
+@pytest.mark.parametrize("overlap", [True, False], ids=["overlap", "paper"])
+def test_no_learning_rate_and_no_gradient_move_nothing(overlap):
+    def run(rank):
+        model = make_tensors()
+        still = model[2].detach().clone()
+        optimizer = torch.optim.Adam([{"params": [model[0]], "lr": 0.0}, {"params": [*model][1:], "betas": (0.8, 0.9)}])
+        sync = DSSynchronizer(model, optimizer, ScheduledGroups(GridSchedule(4, 2)))
+        for t in range(60):
+            if overlap:
+                sync.start()
+            model[0].grad, model[1].grad, _ = gradients(rank, t)
+            if overlap:
+                sync.finish()
+            optimizer.step()
+            if not overlap:
+                sync.synchronize()
+        return torch.equal(model[0], still), torch.equal(model[2], still), bool(model[1].isfinite().all())
+
+    assert run_ranks(run, 4) == [(True, True, True)] * 4
+
+
+def test_what_a_user_changes_between_steps_is_not_stretched():
+    """Weights that are clamped stay where they were clamped to."""
+
+    def run(rank):
+        model = make_tensors()
+        optimizer = torch.optim.Adam(model.parameters(), 0.01)
+        sync = DSSynchronizer(model, optimizer, ScheduledGroups(GridSchedule(4, 2)))
+        largest = 0.0
+        for t in range(100):
+            for p, grad in zip(model, gradients(rank, t), strict=True):
+                p.grad = grad
+            optimizer.step()
+            for p in model:
+                p.data.clamp_(-0.02, 0.02)
+            sync.synchronize()
+            largest = max(largest, *(float(p.abs().max()) for p in model))
+        return largest
+
+    assert max(run_ranks(run, 4)) <= 0.02 + 1e-8
+
+
+def test_the_optimizers_hooks_end_with_the_synchronizer():
+    def run(rank):
+        model = make_tensors()
+        optimizer = torch.optim.Adam(model.parameters())
+        groups = ScheduledGroups(GridSchedule(2, 2))
+        counts = []
+        for correct in (True, False):
+            sync = DSSynchronizer(model, optimizer, groups, noise_correction=correct)
+            counts.append(len(optimizer._optimizer_step_post_hooks) + len(optimizer._optimizer_step_pre_hooks))
+            del sync
+            gc.collect()
+            counts.append(len(optimizer._optimizer_step_post_hooks) + len(optimizer._optimizer_step_pre_hooks))
+        return counts
+
+    assert run_ranks(run, 2) == [[2, 0, 0, 0]] * 2
+
+
+def memory(rank, wire, follow):
+    """Of the buffers, in fp32 copies of the tensors."""
+    tensors = [torch.randn(300, 1000), torch.randn(4096)]
+    followed = Followed([0, 1], 2, torch.device("cpu")) if follow else None
+    payload = Payload(tensors, wire, follow=followed)
+    ScheduledGroups(GridSchedule(dist.get_world_size(), dist.get_world_size()))
+    payload.start(tuple(range(dist.get_world_size())), dist.group.WORLD, Lane())
+    payload.finish()
+    return sum(t.nbytes for t in payload._room._held.values()) / sum(t.nbytes for t in tensors)
+
+
+@pytest.mark.parametrize(
+    ("wire", "g", "more"),
+    [(torch.float32, 2, 0.0), (torch.float32, 4, 0.25), (torch.bfloat16, 2, 1.0), (torch.int8, 2, 1.0)],
+)
+def test_memory_is_what_is_stated(wire, g, more):
+    followed, plain = (max(run_ranks(memory, g, wire, follow)) for follow in (True, False))
+    assert followed - plain == pytest.approx(more, abs=0.01)
