@@ -8,6 +8,7 @@ import re
 import statistics
 import time
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -38,9 +39,10 @@ from ds_lightning.wire import as_wire_dtype, wire_bytes
 
 COMPUTE = "compute"  # the arm that trains without any communication
 PEERS = ("ddp", "ddp-default", "ddp-bf16", "ddp-powersgd", "ddp-hierarchical", "post-local-sgd")
-DSSYNC_ARMS = "dssync[-blocking][-gSIZE|-topology[-fixed]][-everySTEPS][-bf16|-fp16|-int8]"
+DSSYNC_ARMS = "dssync[-plain][-blocking][-gSIZE|-topology[-fixed]][-everySTEPS][-bf16|-fp16|-int8]"
 LAYERS = 16  # of the paced model
 POWERSGD_RANK = 2
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
 LOCAL_STEPS = 4  # of post-local SGD, between two averages
 MIB = 2**20
 
@@ -59,6 +61,7 @@ class Job:
         interface: Whose counter tells the bytes sent.
         trace: File for a trace of some measured steps (its rank is appended), or None.
         topology: The description of the cluster, for plans; None where it has none.
+        optimizer: Of :data:`OPTIMIZERS`.
     """
 
     arm: str
@@ -70,6 +73,7 @@ class Job:
     interface: str
     trace: str | None = None
     topology: str | None = None
+    optimizer: str = "sgd"
 
 
 @dataclass(frozen=True)
@@ -160,11 +164,12 @@ def conv_net() -> nn.Module:
 
 
 class Module(LightningModule):
-    """Trains a network on one synthetic batch, by SGD."""
+    """Trains a network on one synthetic batch, by SGD or Adam."""
 
     def __init__(self, job: Job) -> None:
         super().__init__()
         torch.manual_seed(0)
+        self.optimizer = job.optimizer
         self.net: nn.Module
         if job.model == "conv":
             self.net = conv_net()
@@ -184,7 +189,7 @@ class Module(LightningModule):
 
     @override
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=1e-3)
+        return OPTIMIZERS[self.optimizer](self.parameters(), lr=1e-3)
 
 
 # ---- arms -----------------------------------------------------------------------------------------------------------
@@ -235,20 +240,26 @@ def dssync_options(arm: str) -> dict[str, Any]:
     >>> dssync_options("dssync-topology-fixed")
     {'schedule': 'topology', 'adapt': False}
     """
-    matched = re.fullmatch(r"dssync(-blocking)?(-g(\d+)|-topology(-fixed)?)?(-every(\d+))?(-(bf16|fp16|int8))?", arm)
+    matched = re.fullmatch(
+        r"dssync(?P<plain>-plain)?(?P<blocking>-blocking)?(-g(?P<size>\d+)|(?P<topology>-topology)(?P<fixed>-fixed)?)?"
+        r"(-every(?P<every>\d+))?(-(?P<wire>bf16|fp16|int8))?",
+        arm,
+    )
     if matched is None:
         raise ValueError(f"{arm!r} is no arm. HINT: {', '.join(PEERS)} or {DSSYNC_ARMS}, for instance dssync-g4-int8.")
-    options: dict[str, Any] = {"overlap": False} if matched[1] else {}
-    if matched[3]:
-        options["group_size"] = int(matched[3])
-    elif matched[2]:
+    options: dict[str, Any] = {"noise_correction": False} if matched["plain"] else {}
+    if matched["blocking"]:
+        options["overlap"] = False
+    if matched["size"]:
+        options["group_size"] = int(matched["size"])
+    elif matched["topology"]:
         options["schedule"] = "topology"
-        if matched[4]:
+        if matched["fixed"]:
             options["adapt"] = False
-    if matched[6]:
-        options["sync_every"] = int(matched[6])
-    if matched[8]:
-        options["wire_dtype"] = matched[8]
+    if matched["every"]:
+        options["sync_every"] = int(matched["every"])
+    if matched["wire"]:
+        options["wire_dtype"] = matched["wire"]
     return options
 
 

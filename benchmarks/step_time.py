@@ -22,7 +22,7 @@ from pathlib import Path
 from rich.console import Console
 
 from benchmarks import report
-from benchmarks.arms import COMPUTE, DSSYNC_ARMS, LAYERS, PEERS, Job, check_arm, measure, predict
+from benchmarks.arms import COMPUTE, DSSYNC_ARMS, LAYERS, OPTIMIZERS, PEERS, Job, check_arm, measure, predict
 from benchmarks.cluster import (
     SETTINGS,
     Cluster,
@@ -136,6 +136,7 @@ def run_case(case: Case, arms: list[str], args: argparse.Namespace) -> list[Run]
             args.steps,
             cluster.interface,
             topology=cluster.description() if SETTINGS[case.setting].shaped else None,
+            optimizer=args.optimizer,
         )
         for repetition in range(args.repetitions):
             for arm in arms if case.name == WIRE else [COMPUTE, *arms]:
@@ -241,6 +242,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--rate", type=float, default=100, help="of a link, in Mbit/s (default: %(default)s)")
     parser.add_argument("--trunk", type=float, help="of each link between racks, in Mbit/s (default: the setting's)")
     parser.add_argument("--model", choices=("paced", "conv"), help="(default: conv on the loopback, paced elsewhere)")
+    parser.add_argument("--optimizer", choices=[*OPTIMIZERS], default="sgd", help="(default: %(default)s)")
     parser.add_argument("--parameters-mb", type=float, default=13, help="of the paced model (default: %(default)s)")
     parser.add_argument(
         "--compute",

@@ -42,8 +42,9 @@ from ds_lightning.payload import Payload
 
 # Of the mean of the latest rounds, the share that the next one leaves.
 _KEPT = 0.9
-# Up to here all ranks' covariances; beyond, two members of a group are taken to have nothing in common.
-_EXACT_RANKS = 256
+# Up to here all ranks' covariances, and those of a whole period; beyond, two members of a group are taken to have nothing
+# in common.
+_EXACT_RANKS, _EXACT_VALUES = 256, 1 << 22
 # torch's optimizers that are corrected unless said otherwise, and those that must not be.
 _ADAPTIVE = (Adam, AdamW, NAdam, RAdam, RMSprop)
 _OTHERS = (SGD, ASGD, Adadelta, Adamax, LBFGS, Rprop)
@@ -69,7 +70,7 @@ def deviations(period: Sequence[Round], momentum: float, every: int = 1) -> tupl
     b = min(momentum, _LARGEST_MOMENTUM)
     common = sum(b ** abs(i - j) for i in range(every) for j in range(every))
     next_one = sum(b ** (every + j - i) for i in range(every) for j in range(every)) / common
-    exact = n <= _EXACT_RANKS
+    exact = n <= _EXACT_RANKS and n * n * len(period) <= _EXACT_VALUES
     noise = np.eye(n) - 1 / n if exact else np.full(n, 1 - 1 / n)
     sizes = [groups.sizes[groups.group_of] for groups in period]
     covariance, with_update = np.zeros_like(noise), np.zeros_like(noise)
@@ -305,8 +306,8 @@ def corrects_noise(
 ) -> bool:
     """What ``noise_correction`` comes to with an optimizer.
 
-    ``"auto"`` leaves it out at a wire of few bits: where replicas are nearer to each other than its steps, what averages
-    add is mostly rounding, which looks like noise of the updates.
+    ``"auto"`` leaves it out at a wire of few bits: where replicas are nearer to each other than its steps, what
+    averages add is mostly rounding, which looks like noise of the updates.
 
     Raises:
         ValueError: If it is True, and the optimizer does not divide by the root of a second moment.

@@ -299,6 +299,12 @@ class DSSynchronizer:
     def _followed(self) -> list[tuple[int, Payload]]:
         return [(part, p) for part, p in self._values if isinstance(p, Payload) and p.followed]
 
+    def _note_base(self, average: int | None) -> None:
+        """Let parameters as they are now be what updates are added to, as that average left them."""
+        self._based, self._average = self._followed(), average
+        for _, payload in self._based:
+            payload.note_base()
+
     def noise_and_signal(self) -> tuple[float, float]:
         """Of the gradient that this rank computes, the squares of its noise and of the rest; zeros if not known."""
         if self._correction is None:
@@ -308,11 +314,9 @@ class DSSynchronizer:
 
     def before_update(self) -> None:
         """The optimizer's step begins. In the paper's order nobody knows the base after a consensus point."""
-        if self._correction is not None and self._begins and not self._running and not self._based:
+        if self._correction is not None and self._begins and not self._launched and not self._based:
             self._lay_out()
-            self._based, self._average = self._followed(), None
-            for _, payload in self._based:
-                payload.note_base()
+            self._note_base(None)
         self._begins = False
 
     def after_update(self) -> None:
@@ -494,7 +498,9 @@ class DSSynchronizer:
         """What differs between ranks, between two rounds: which rows of sparse embeddings are to be sent."""
         frozen = [i for i, p in enumerate(_parameters(self.optimizer)) if p in self._sent_since_consensus]
         noise = None if self._correction is None else self._correction.state_dict()
-        return {"sent": frozen, "rows": [rows.due for rows in self._rows], "noise": noise}
+        moved = [payload.squares.cpu() for _, payload in self._based]  # by the latest average, in the paper's order
+        state = {"sent": frozen, "rows": [rows.due for rows in self._rows]}
+        return state | {"noise": noise, "moved": moved, "average": self._average}
 
     def load_own_state(self, state: dict[str, Any]) -> None:
         """Go on where :meth:`own_state` was taken."""
@@ -507,6 +513,10 @@ class DSSynchronizer:
                 mine.copy_(saved)
         if self._correction is not None and state.get("noise") is not None:
             self._correction.load_state_dict(state["noise"])
+            if state["moved"]:
+                self._note_base(state["average"])
+                for (_, payload), squares in zip(self._based, state["moved"], strict=True):
+                    payload.squares.copy_(squares)
 
     # ---- position and cost ------------------------------------------------------------------------------------------
 

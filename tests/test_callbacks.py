@@ -299,3 +299,49 @@ def test_a_plan_that_adapts_is_logged():
     assert all(row["dssync/plan"] == 0 and row["dssync/slowest_link"] == 1 for row in rows.values())
     rows, _ = rows_of(2, options=options | {"adapt": False})[:2]
     assert not any("dssync/plan" in row or "dssync/slowest_link" in row for row in rows.values())
+
+
+class KnownNoise(Model):
+    """The gradient of a sample is the sample: a common part of 0.3 and noise of 1 in each of 2,000 values."""
+
+    def __init__(self, optimizer=torch.optim.Adam):
+        super().__init__()
+        self.a = nn.Linear(2000, 1, bias=False)
+        self.b.requires_grad_(False)
+        self.optimizer = optimizer
+
+    def training_step(self, batch, batch_idx):
+        return self.a(batch[0]).mean()
+
+    def configure_optimizers(self):
+        return self.optimizer(self.parameters(), lr=1e-3)
+
+    def train_dataloader(self):
+        generator = torch.Generator().manual_seed(self.global_rank)
+        return DataLoader(TensorDataset(0.3 + torch.randn(960, 2000, generator=generator)), batch_size=4)
+
+
+def scales(model, options=(), **settings):
+    key = "dssync/gradient_noise_scale"
+
+    def run(rank):
+        ran = fit(model(), 4, ConsensusMonitor(30), options, max_steps=120, **settings)
+        return {step: row[key] for step, row in ran.logger.rows.items() if key in row}
+
+    ranks = run_ranks(run, 4, init=False)
+    assert ranks == [ranks[0]] * 4
+    return ranks[0]
+
+
+@pytest.mark.parametrize("options", [{}, {"overlap": False, "sync_every": 2}], ids=repr)
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_the_gradient_noise_scale_is_the_data_s(options, accumulated):
+    found = scales(KnownNoise, options, accumulate_grad_batches=accumulated)
+    assert list(found) == [30, 60, 90, 120]
+    direct = 1 / 0.3**2  # trace of the covariance by the square of the mean
+    assert [found[step] for step in (90, 120)] == pytest.approx([direct] * 2, rel=0.25)
+
+
+@pytest.mark.parametrize("options", [{"noise_correction": False}, {"wire_dtype": "int8"}, {"average_gradients": True}])
+def test_without_noise_correction_there_is_no_noise_scale(options):
+    assert scales(KnownNoise, options) == scales(lambda: KnownNoise(torch.optim.SGD)) == {}

@@ -110,9 +110,10 @@ def fit_with_stops(rank, folder, stops, make, options, trainer_options, save_rep
         (partial(Random, "momentum", True), {"overlap": False}, {}),
         (partial(Random, "adamw", False), {"average_optimizer_state": ["exp_avg_sq"], "optimizer_state_every": 2}, {}),
         (partial(Random, "momentum", True), {"sync_every": 3, "wire_dtype": "int8"}, {}),
+        (partial(Random, "adamw", False), {"overlap": False, "group_size": 4}, {}),
         (partial(Random, "adamw", False), {"average_gradients": True}, {"accumulate_grad_batches": 2}),
     ],
-    ids=["overlap", "paper-sparse", "adam", "rounds-sparse-int8", "accumulate"],
+    ids=["overlap", "paper-sparse", "adam", "rounds-sparse-int8", "adam-paper", "accumulate"],
 )
 def test_a_run_stopped_three_times_equals_the_undisturbed_one(make, strategy, options, tmp_path):
     """At random batches, bit for bit after every batch, with randomness of its own on every rank."""
