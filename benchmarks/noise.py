@@ -103,7 +103,8 @@ def of_seeds(runs: list[tuple[float, float]]) -> tuple[float, float]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command."""
-    parser = Parser("benchmarks.noise", __doc__ or "")
+    parser = Parser("noise", __doc__ or "")
+    parser.prog = "python -m benchmarks.noise"
     add = parser.add_argument
     add("--world-sizes", type=int, nargs="+", default=[4, 8, 16, 32, 64], help="numbers of workers")
     add("--lr", type=float, nargs="+", default=[0.004, 0.008, 0.016, 0.032, 0.064], help="learning rates")
@@ -115,6 +116,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     require("matplotlib")
     try:
+        if min(args.world_sizes) < 2:
+            raise ValueError(f"world_sizes has {min(args.world_sizes)}. HINT: averages take 2 workers or more.")
         compared = cases(list(dict.fromkeys(args.world_sizes)))
         jobs = [
             (case, lr, case.experiment(lr, seed, args.steps, args.partition))
@@ -191,6 +194,8 @@ def picture(finals: Finals, path: Path, title: str) -> None:
                 values = [100 * mean[0] if row == 0 else mean[1] for mean in means.values()]
                 names[name] = axes[row, column].plot([*means], values, marker=".", **style)[0]
         axes[0, column].set(title=f"{n} workers", xscale="log")
+        axes[0, column].set_xticks(rates := sorted({lr for _, lr in finals}), [f"{lr:g}" for lr in rates], rotation=45)
+        axes[0, column].minorticks_off()
         axes[1, column].set(xlabel="learning rate", yscale="log")
         for row in range(2):
             axes[row, column].grid(alpha=0.3)

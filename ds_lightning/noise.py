@@ -42,8 +42,7 @@ from ds_lightning.payload import Payload
 
 # Of the mean of the latest rounds, the share that the next one leaves.
 _KEPT = 0.9
-# Up to here all ranks' covariances, and those of a whole period; beyond, two members of a group are taken to have nothing
-# in common.
+# Up to here all ranks' covariances, and those of a whole period; beyond, members of a group are taken to be strangers.
 _EXACT_RANKS, _EXACT_VALUES = 256, 1 << 22
 # torch's optimizers that are corrected unless said otherwise, and those that must not be.
 _ADAPTIVE = (Adam, AdamW, NAdam, RAdam, RMSprop)

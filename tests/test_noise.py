@@ -1,5 +1,6 @@
 """Noise correction: the arithmetic against samples, updates on forked ranks against BSP's and the plain reference."""
 
+import csv
 import gc
 import math
 from functools import partial
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.functional import mse_loss
 
+from benchmarks import noise as benchmark
 from ds_lightning import CyclicSchedule, DSSynchronizer, GridSchedule, ShuffleSchedule
 from ds_lightning.cost import rounds
 from ds_lightning.groups import ScheduledGroups
@@ -376,3 +378,47 @@ def memory(rank, wire, follow):
 def test_memory_is_what_is_stated(wire, g, more):
     followed, plain = (max(run_ranks(memory, g, wire, follow)) for follow in (True, False))
     assert followed - plain == pytest.approx(more, abs=0.01)
+
+
+# ---- the comparison with BSP -----------------------------------------------------------------------------------------
+
+
+def test_the_benchmark_compares_all_three(tmp_path, capfd):
+    sizes = ["--world-sizes", "4", "12", "--lr", "0.004", "0.016", "--seeds", "2", "--steps", "30"]
+    assert benchmark.main([*sizes, "--output", str(tmp_path)]) == 0
+    (folder,) = (tmp_path / "noise").iterdir()
+    assert (folder / "noise.png").stat().st_size > 10_000
+    with (folder / "noise.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 * 2 * ((1 + 2 * 2) + (1 + 2 * 2 * 2))
+    assert {row["kind"] for row in rows} == {"bsp", "plain", "corrected"}
+    assert {(row["workers"], row["group_size"]) for row in rows if row["kind"] == "plain"} == {
+        ("4", "2"),
+        ("12", "2"),
+        ("12", "3"),
+    }
+    assert "overlapped" in capfd.readouterr().out
+
+
+def test_the_best_rate_is_bsps():
+    bsp, plain = benchmark.Case(4, 4, False, "bsp"), benchmark.Case(4, 2, True, "plain")
+    finals = {(bsp, 0.1): [(0.75, 0.5), (0.25, 0.3)], (bsp, 0.2): [(0.5, 0.1), (0.5, 0.3)], (plain, 0.3): [(1.0, 0.0)]}
+    assert benchmark.best_rate(finals, 4) == 0.2
+    assert benchmark.of_seeds(finals[bsp, 0.1]) == pytest.approx((0.5, 0.4))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--world-sizes", "1"], "python -m benchmarks.noise: error: world_sizes has 1. HINT"),
+        (["--lr", "-1"], "lr=-1.0 is not a positive number"),
+        (["--seeds", "0"], "seeds=0 is too small"),
+        (["--processes", "0"], "processes=0 is too small"),
+        (["--partition", "by_colour"], "by_colour"),
+    ],
+)
+def test_the_benchmark_refuses_what_makes_no_sense(arguments, message, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        benchmark.main([*arguments, "--output", str(tmp_path)])
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
