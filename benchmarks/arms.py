@@ -39,7 +39,7 @@ from ds_lightning.wire import as_wire_dtype, wire_bytes
 
 COMPUTE = "compute"  # the arm that trains without any communication
 PEERS = ("ddp", "ddp-default", "ddp-bf16", "ddp-powersgd", "ddp-hierarchical", "post-local-sgd")
-DSSYNC_ARMS = "dssync[-plain][-blocking][-gSIZE|-topology[-fixed]][-everySTEPS][-bf16|-fp16|-int8]"
+DSSYNC_ARMS = "dssync[-corrected][-blocking][-gSIZE|-topology[-fixed]][-everySTEPS][-bf16|-fp16|-int8]"
 LAYERS = 16  # of the paced model
 POWERSGD_RANK = 2
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
@@ -241,13 +241,13 @@ def dssync_options(arm: str) -> dict[str, Any]:
     {'schedule': 'topology', 'adapt': False}
     """
     matched = re.fullmatch(
-        r"dssync(?P<plain>-plain)?(?P<blocking>-blocking)?(-g(?P<size>\d+)|(?P<topology>-topology)(?P<fixed>-fixed)?)?"
+        r"dssync(?P<corrected>-corrected)?(?P<blocking>-blocking)?(-g(?P<size>\d+)|(?P<topology>-topology)(?P<fixed>-fixed)?)?"
         r"(-every(?P<every>\d+))?(-(?P<wire>bf16|fp16|int8))?",
         arm,
     )
     if matched is None:
         raise ValueError(f"{arm!r} is no arm. HINT: {', '.join(PEERS)} or {DSSYNC_ARMS}, for instance dssync-g4-int8.")
-    options: dict[str, Any] = {"noise_correction": False} if matched["plain"] else {}
+    options: dict[str, Any] = {"noise_correction": "auto"} if matched["corrected"] else {}
     if matched["blocking"]:
         options["overlap"] = False
     if matched["size"]:

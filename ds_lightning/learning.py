@@ -69,8 +69,8 @@ class Experiment:
         average_gradients: Average gradients in the group as well.
         average_optimizer_state: Optimizer states to average as well.
         optimizer_state_every: In one period of the schedule out of so many.
-        noise_correction: Make Adam's updates as long as BSP's, see ``noise.py``; ``"auto"``: at a wire of 32 bits,
-            where workers average parameters and not also gradients.
+        noise_correction: Make Adam's updates as long as BSP's, see ``noise.py``; ``"auto"``: with Adam at a wire of 32
+            bits, where workers average parameters and not also gradients.
         optimizer: ``"sgd"`` (momentum 0.9) or ``"adam"``.
         lr: Learning rate.
         batch_size: Samples per worker and step.
@@ -92,7 +92,7 @@ class Experiment:
     average_gradients: bool = False
     average_optimizer_state: Sequence[str] = ()
     optimizer_state_every: int = 1
-    noise_correction: bool | str = "auto"
+    noise_correction: bool | str = False
     optimizer: str = "sgd"
     lr: float = 0.1
     batch_size: int = 2

@@ -131,7 +131,7 @@ def _title(args: argparse.Namespace) -> str:
     options += [f"{args.wire_dtype} wire"] if args.wire_dtype else []
     options += ["averaged gradients"] if args.average_gradients else []
     options += [f"averaged {' '.join(args.average_optimizer_state)}"] if args.average_optimizer_state else []
-    options += ["not corrected for noise"] if args.noise_correction == "false" and args.optimizer == "adam" else []
+    options += ["corrected for noise"] if args.noise_correction != "false" else []
     return f"{', '.join(options)}; {args.seeds} seed{'s' * (args.seeds > 1)}"
 
 

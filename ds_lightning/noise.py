@@ -67,8 +67,8 @@ def deviations(period: Sequence[Round], momentum: float, every: int = 1) -> tupl
     """
     n = len(period[0].group_of)
     b = min(momentum, _LARGEST_MOMENTUM)
-    common = sum(b ** abs(i - j) for i in range(every) for j in range(every))
-    next_one = sum(b ** (every + j - i) for i in range(every) for j in range(every)) / common
+    own, shared = _covariances(b, every)
+    next_one = shared / own
     exact = n <= _EXACT_RANKS and n * n * len(period) <= _EXACT_VALUES
     noise = np.eye(n) - 1 / n if exact else np.full(n, 1 - 1 / n)
     sizes = [groups.sizes[groups.group_of] for groups in period]
@@ -94,8 +94,8 @@ def deviations(period: Sequence[Round], momentum: float, every: int = 1) -> tupl
         if (now.any() and np.abs(now - before).max() <= 1e-4 * now.max()) or seen > 20_000:
             break
         before = now
-    rounds = next(i for i, mean in enumerate(settled) if mean >= 0.98 * settled[-1]) * len(period)
-    return np.where(np.array(sizes) > 1, np.maximum(now, 0.0), 0.0), max(rounds, 2)
+    periods = next(i for i, mean in enumerate(settled) if mean >= 0.98 * settled[-1])
+    return np.where(np.array(sizes) > 1, np.maximum(now, 0.0), 0.0), max(periods * len(period), 2)
 
 
 def attenuation(momentum: float, every: int, updates: int) -> float:
@@ -104,9 +104,17 @@ def attenuation(momentum: float, every: int, updates: int) -> float:
     After so many ``updates`` from the beginning, where a momentum is the mean of few gradients.
     """
     b = min(momentum, _LARGEST_MOMENTUM)
-    common = sum(b ** abs(i - j) for i in range(every) for j in range(every))
     begun = (1 - b**updates) / (1 + b**updates)
-    return (1 + b) / (1 - b) * begun * every**2 / common
+    return (1 + b) / (1 - b) * begun * every**2 / _covariances(b, every)[0]
+
+
+def _covariances(b: float, every: int) -> tuple[float, float]:
+    """Of the sum of ``every`` values of an autoregressive process, and of that sum and the next (``c_0`` and ``c_1``).
+
+    In units of a value's variance: the sums of ``b**|i - j|`` over i and j of one sum, and of one and the next.
+    """
+    geometric = (1 - b**every) / (1 - b)
+    return every + 2 * b * (every - geometric) / (1 - b), b * geometric**2
 
 
 class NoiseShare:
@@ -180,7 +188,7 @@ class NoiseCorrection:
 
     def regroup(self) -> None:
         """The schedule is another."""
-        self._kappas, self._rounds = {}, 0
+        self._kappas, self._settling, self._rounds = {}, 0, 0
 
     def agreed(self) -> None:
         """All replicas are equal, and so is what ranks know of their noise from here on. Collective."""
@@ -191,7 +199,7 @@ class NoiseCorrection:
 
     def state_dict(self) -> dict[str, Any]:
         """What the next rounds depend on."""
-        return {"squares": self._share.squares.cpu(), "rounds": self._rounds, "updates": self.updates}
+        return {"squares": self._share.squares.cpu().clone(), "rounds": self._rounds, "updates": self.updates}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken, after :meth:`lay_out`; from the start if parameters are others."""
@@ -271,7 +279,7 @@ class NoiseCorrection:
         if momentum not in self._kappas:
             of_all, settling = deviations(rounds(self._groups.schedule), momentum, self._every)
             self._kappas[momentum] = of_all[:, self._groups.rank].tolist()
-            self._settling = settling
+            self._settling = max(self._settling, settling)
         return self._kappas[momentum]
 
 

@@ -155,7 +155,7 @@ class DSSyncStrategy(DDPStrategy):
         average_gradients: bool = False,
         average_optimizer_state: Sequence[str] = (),
         optimizer_state_every: int = 1,
-        noise_correction: bool | str = "auto",
+        noise_correction: bool | str = False,
         seed: int = 0,
         adapt: bool = True,
         save_replicas: bool = False,

@@ -126,7 +126,7 @@ class DSSynchronizer:
         wire_dtype: str | torch.dtype | None = None,
         average_optimizer_state: Sequence[str] = (),
         optimizer_state_every: int = 1,
-        noise_correction: bool | str = "auto",
+        noise_correction: bool | str = False,
         index: int = 0,
         broadcast: bool = True,
     ) -> None:
@@ -498,7 +498,9 @@ class DSSynchronizer:
         """What differs between ranks, between two rounds: which rows of sparse embeddings are to be sent."""
         frozen = [i for i, p in enumerate(_parameters(self.optimizer)) if p in self._sent_since_consensus]
         noise = None if self._correction is None else self._correction.state_dict()
-        moved = [payload.squares.cpu() for _, payload in self._based]  # by the latest average, in the paper's order
+        moved = [
+            payload.squares.cpu().clone() for _, payload in self._based
+        ]  # by the latest average, in the paper's order
         state = {"sent": frozen, "rows": [rows.due for rows in self._rows]}
         return state | {"noise": noise, "moved": moved, "average": self._average}
 

@@ -26,7 +26,7 @@ class Reference:
         sync_every: Only every so manieth step mixes; the schedule counts those. If overlapped, what it mixes is what
             there was before the first of them.
         average_gradients: Whether W_t also mixes the gradients; a missing one counts as zero, where others have one.
-        correct_noise: Whether updates are stretched as :class:`Noise` says; None: those of Adam are.
+        correct_noise: Whether updates are stretched as :class:`Noise` says.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class Reference:
         overlap: bool,
         sync_every: int = 1,
         average_gradients: bool = False,
-        correct_noise: bool | None = None,
+        correct_noise: bool = False,
     ) -> None:
         self.models = [make_model() for _ in range(schedule.world_size)]
         self.optimizers = [make_optimizer(model) for model in self.models]
@@ -47,8 +47,6 @@ class Reference:
         self.average_gradients = average_gradients
         self.before: list[Tensor] = []
         self.t = 0
-        if correct_noise is None:
-            correct_noise = isinstance(self.optimizers[0], torch.optim.Adam) and not average_gradients
         self.noise = [Noise(self, rank) for rank in range(len(self.models))] if correct_noise else []
 
     def step(self, backward: Callable[[nn.Module, int], object], update: Callable[[int], object] | None = None) -> None:

@@ -168,7 +168,7 @@ def test_a_setting_that_the_kernel_lacks_is_skipped_with_its_reason(monkeypatch,
 
 def test_an_arms_name_spells_the_strategys_options():
     assert dssync_options("dssync") == {}
-    assert dssync_options("dssync-plain-g4") == {"noise_correction": False, "group_size": 4}
+    assert dssync_options("dssync-corrected-g4") == {"noise_correction": "auto", "group_size": 4}
     assert dssync_options("dssync-blocking-g4-every2-bf16") == {
         "overlap": False, "group_size": 4, "sync_every": 2, "wire_dtype": "bf16",
     }  # fmt: skip

@@ -321,11 +321,11 @@ class KnownNoise(Model):
         return DataLoader(TensorDataset(0.3 + torch.randn(960, 2000, generator=generator)), batch_size=4)
 
 
-def scales(model, options=(), **settings):
+def scales(model, options, **settings):
     key = "dssync/gradient_noise_scale"
 
     def run(rank):
-        ran = fit(model(), 4, ConsensusMonitor(30), options, max_steps=120, **settings)
+        ran = fit(model(), 4, ConsensusMonitor(30), {"noise_correction": "auto", **options}, max_steps=120, **settings)
         return {step: row[key] for step, row in ran.logger.rows.items() if key in row}
 
     ranks = run_ranks(run, 4, init=False)

@@ -153,7 +153,7 @@ def test_every_option_of_dssync_is_an_override():
         "strategy.average_gradients=true",
         "strategy.average_optimizer_state=[exp_avg_sq]",
         "strategy.optimizer_state_every=8",
-        "strategy.noise_correction=false",
+        "strategy.noise_correction=auto",
         "strategy.seed=1",
         "strategy.timeout.seconds=60",
         "strategy.process_group_backend=gloo",

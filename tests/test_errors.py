@@ -232,7 +232,7 @@ def test_a_model_without_anything_to_train_is_refused(world_size):
             {"average_optimizer_state": ["exp_avg_sq"]},
             "'optimizer_state_every': 8",
         ),
-        ({"noise_correction": False}, {}, "'noise_correction': False"),
+        ({"noise_correction": "auto"}, {}, "'noise_correction': 'auto'"),
         ({"group_size": 4}, {"group_size": 2}, "'group_size': 4"),
     ],
 )

@@ -125,7 +125,7 @@ def options(n: int) -> dict[str, list[Any]]:
         "save_replicas": bools,
         "sync_every": positive,
         "optimizer_state_every": positive,
-        "noise_correction": ["auto", True, False, *map(Bad, ("on", "true", 0, 1, None, [], np.True_))],
+        "noise_correction": ["auto", False, *map(Bad, ("on", "true", 0, 1, None, [], np.True_))],
         "wire_dtype": [None, "bf16", "fp16", "int8", "fp32", "bfloat16", "torch.float16", torch.bfloat16, torch.int8]
         + list(map(Bad, ("bf17", "", "nn", "int32", "float64", torch.int32, torch.float64, 16, True, ["bf16"], {})))
         + [Bad(np.float16), Bad(np.array([1, 2]), "wire_dtype=")],

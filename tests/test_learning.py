@@ -81,7 +81,7 @@ def reference(experiment, data, schedule, overlap, sync_every, mixed_states=()):
     def make_optimizer(model):
         return OPTIMIZERS[e.optimizer](model.parameters(), e.lr)
 
-    ref = Reference(make, make_optimizer, schedule, overlap, sync_every, e.average_gradients)
+    ref = Reference(make, make_optimizer, schedule, overlap, sync_every, e.average_gradients, e.corrects_noise)
 
     def mix_states():
         w = torch.from_numpy(mixing_matrix(schedule, ref.t // sync_every))
@@ -121,7 +121,9 @@ def assert_equal_at_every_step(experiment, data, *args):
 @pytest.mark.parametrize("schedule", ["grid", "shuffle", Pairs()], ids=["grid", "shuffle", "own"])
 def test_workers_equal_modules_and_matrices(schedule, optimizer, overlap, sync_every, average_gradients):
     n = 5 if isinstance(schedule, Pairs) else 8
-    e = Experiment(n, schedule, 2, overlap, sync_every, None, average_gradients, optimizer=optimizer, lr=0.05, steps=15)
+    options = {"noise_correction": "auto", "optimizer": optimizer, "lr": 0.05, "steps": 15}
+    e = Experiment(n, schedule, 2, overlap, sync_every, None, average_gradients, **options)
+    assert e.corrects_noise == (optimizer == "adam" and not average_gradients)
     made = {"grid": GridSchedule(8, 2), "shuffle": ShuffleSchedule(8, 2, 0)}.get(schedule, schedule)
     assert_equal_at_every_step(e, small_data(), made, overlap, sync_every)
 

@@ -101,6 +101,9 @@ def fit_with_stops(rank, folder, stops, make, options, trainer_options, save_rep
     return states, starts, warned
 
 
+CORRECT = {"noise_correction": "auto"}
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(200)
 @pytest.mark.parametrize(
@@ -108,9 +111,9 @@ def fit_with_stops(rank, folder, stops, make, options, trainer_options, save_rep
     [
         (partial(Random, "momentum", False), {}, {}),
         (partial(Random, "momentum", True), {"overlap": False}, {}),
-        (partial(Random, "adamw", False), {"average_optimizer_state": ["exp_avg_sq"], "optimizer_state_every": 2}, {}),
+        (partial(Random, "adamw", False), {"average_optimizer_state": ["exp_avg_sq"], **CORRECT}, {}),
         (partial(Random, "momentum", True), {"sync_every": 3, "wire_dtype": "int8"}, {}),
-        (partial(Random, "adamw", False), {"overlap": False, "group_size": 4}, {}),
+        (partial(Random, "adamw", False), {"overlap": False, "group_size": 4, **CORRECT}, {}),
         (partial(Random, "adamw", False), {"average_gradients": True}, {"accumulate_grad_batches": 2}),
     ],
     ids=["overlap", "paper-sparse", "adam", "rounds-sparse-int8", "adam-paper", "accumulate"],

@@ -119,6 +119,7 @@ def compare(make, backward, strategy=None, kwargs=None, update=None, steps=BATCH
         options = {"overlap": overlap, **(strategy or {})}
         ranks = run_ranks(fit, WORLD, make, options, kwargs or {})
         own = {k: v for k, v in options.items() if k in ("sync_every", "average_gradients")}
+        own["correct_noise"] = options.get("noise_correction") == "auto"
         expected = reference_run(make, backward, overlap, update, steps, **own)
         for rank, values in enumerate(ranks):
             assert len(values) == steps
@@ -133,6 +134,11 @@ def backward(t, model, rank):
 @pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adam", "adamw"])
 def test_plain(optimizer):
     compare(partial(Net, optimizer), backward)
+
+
+@pytest.mark.parametrize("sync_every", [1, 3])
+def test_noise_is_corrected(sync_every):
+    compare(partial(Net, "adamw"), backward, {"noise_correction": "auto", "sync_every": sync_every})
 
 
 class WithoutNorm(Net):
@@ -286,7 +292,7 @@ class EveryBatch(Recorder):
 def test_several_optimizers_each_meet_every_group(overlap):
     def run(rank):
         recorder, module = EveryBatch(), TwoOptimizers()
-        strategy = DSSyncStrategy(overlap=overlap, noise_correction=False, timeout=timedelta(seconds=20))
+        strategy = DSSyncStrategy(overlap=overlap, timeout=timedelta(seconds=20))
         trainer_for(rank, [recorder], strategy).fit(module, DataLoader(RankData(rank, BATCHES), batch_size=None))
         return recorder.values
 
