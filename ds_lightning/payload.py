@@ -54,11 +54,13 @@ class Followed:
     Attributes:
         squares: By number, the sum of squares of what the latest average added; shape (count + 1,), where the last one
             is nobody's.
+        updates: The same of the latest updates.
     """
 
     def __init__(self, numbers: Sequence[int], count: int, device: torch.device) -> None:
         self.numbers = [*numbers, count]  # padding comes after the tensors
-        self.squares = torch.zeros(count + 1, device=device)
+        self.squares, self.updates = torch.zeros(2, count + 1, device=device).unbind()
+        self.of_averages, self.of_updates = self.squares.unbind(), self.updates.unbind()
 
 
 class Payload:
@@ -208,16 +210,16 @@ class Payload:
         assert self._follow is not None
         if self._gappy:
             torch._foreach_copy_(self._stand_ins, self._gappy)
-        squares = torch.zeros_like(self._follow.squares)
+        self._follow.updates.zero_()
         factors, kept = [*factors, 0.0], [*(decay - 1.0 for decay in decays), -1.0]
         with record_function("dssync: correct noise"):
             for bucket in self._current.buckets:
                 for tile in bucket.tiles:
                     assert tile.base is not None
-                    tile.base.stretch(factors, kept, squares)
+                    tile.base.stretch(factors, kept)
         if self._gappy:
             torch._foreach_copy_(self._gappy, self._stand_ins)
-        return squares[:-1]
+        return self._follow.updates[:-1]
 
     def _make_route(self, members: Group, group: dist.ProcessGroup) -> _Route:
         """The messages to and from the members of a group, made once."""
@@ -499,6 +501,8 @@ class _Base:
         self._views, self._changes = _like(place, pieces), _like(self._scratch, pieces)
         self._numbers = [follow.numbers[i] for i in cut_from]
         self._index = torch.tensor(self._numbers, device=follow.squares.device)
+        # Kernels for many tensors save launches on a GPU, and cost passes elsewhere.
+        self._one_by_one = len(pieces) == 1 or follow.squares.device.type == "cpu"
 
     def is_in(self, code: Code) -> bool:
         """Whether it has its place there."""
@@ -510,19 +514,31 @@ class _Base:
     def averaged(self, difference: Tensor, parts: list[Tensor], weight: float) -> None:
         """An average has been added to the values, and belongs to the base."""
         self._place.add_(difference, alpha=weight)
-        self._sum_up(parts, self._follow.squares, weight)
+        if self._one_by_one:
+            for number, part in zip(self._numbers, parts, strict=True):
+                self._follow.of_averages[number].add_(torch.dot(part, part), alpha=weight**2)
+        else:
+            self._follow.squares.index_add_(0, self._index, _squares(parts), alpha=weight**2)
 
-    def stretch(self, factors: Sequence[float], kept: Sequence[float], squares: Tensor) -> None:
+    def stretch(self, factors: Sequence[float], kept: Sequence[float]) -> None:
+        if self._one_by_one:
+            for number, piece, base, change in zip(
+                self._numbers, self._pieces, self._views, self._changes, strict=True
+            ):
+                torch.add(piece, base, alpha=kept[number], out=change)
+                self._follow.of_updates[number].add_(torch.dot(change, change))
+                piece.add_(change, alpha=factors[number])
+            return
         self._scratch.copy_(self._place)
         torch._foreach_mul_(self._changes, [kept[i] for i in self._numbers])
         torch._foreach_add_(self._changes, self._pieces)
-        self._sum_up(self._changes, squares)
+        self._follow.updates.index_add_(0, self._index, _squares(self._changes))
         torch._foreach_mul_(self._changes, [factors[i] for i in self._numbers])
         torch._foreach_add_(self._pieces, self._changes)
 
-    def _sum_up(self, parts: list[Tensor], squares: Tensor, weight: float = 1.0) -> None:
-        norms = torch.stack(torch._foreach_norm(parts)).to(squares.dtype)
-        squares.index_add_(0, self._index, norms.square_(), alpha=weight**2)
+
+def _squares(parts: list[Tensor]) -> Tensor:
+    return torch.stack(torch._foreach_norm(parts)).float().square_()
 
 
 class _SentTile:
