@@ -69,8 +69,6 @@ class Experiment:
         average_gradients: Average gradients in the group as well.
         average_optimizer_state: Optimizer states to average as well.
         optimizer_state_every: In one period of the schedule out of so many.
-        noise_correction: Make Adam's updates as long as BSP's, see ``noise.py``; ``"auto"``: with Adam at a wire of 32
-            bits, where workers average parameters and not also gradients.
         optimizer: ``"sgd"`` (momentum 0.9) or ``"adam"``.
         lr: Learning rate.
         batch_size: Samples per worker and step.
@@ -78,6 +76,8 @@ class Experiment:
         seed: Of the model's first values, the order of samples, shards and shuffles.
         partition: Which samples a worker sees: ``"iid"`` (all, dealt out anew), ``"by_label"`` or
             ``"dirichlet:ALPHA"`` (its own, see ``shards.py``).
+        noise_correction: Make Adam's updates as long as BSP's, see ``noise.py``; ``"auto"``: with Adam at a wire of 32
+            bits, where workers average parameters and not also gradients.
 
     Raises:
         ValueError: If a value is out of range.
@@ -92,13 +92,13 @@ class Experiment:
     average_gradients: bool = False
     average_optimizer_state: Sequence[str] = ()
     optimizer_state_every: int = 1
-    noise_correction: bool | str = False
     optimizer: str = "sgd"
     lr: float = 0.1
     batch_size: int = 2
     steps: int = 300
     seed: int = 0
     partition: str = "iid"
+    noise_correction: bool | str = False
 
     def __post_init__(self) -> None:
         for name in ("world_size", "sync_every", "optimizer_state_every", "batch_size", "steps"):

@@ -344,4 +344,4 @@ def test_the_gradient_noise_scale_is_the_data_s(options, accumulated):
 
 @pytest.mark.parametrize("options", [{"noise_correction": False}, {"wire_dtype": "int8"}, {"average_gradients": True}])
 def test_without_noise_correction_there_is_no_noise_scale(options):
-    assert scales(KnownNoise, options) == scales(lambda: KnownNoise(torch.optim.SGD)) == {}
+    assert scales(KnownNoise, options) == scales(lambda: KnownNoise(torch.optim.SGD), {}) == {}
