@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
                 table.writerow([e.schedule, e.lr, e.seed, p.step, p.accuracy, p.loss, p.distance])
             file.flush()  # what is done stays if one ends the rest
             progress.line(f"{name}: accuracy {result.final.accuracy:.4f} in {result.seconds:.1f} s")
-    title = _title(args)
+    title = _title(args, any(e.corrects_noise for e in experiments))
     picture(runs, folder / "learning.png", title)
     print(f"{title}\n\n{summary(runs)}\n\noutputs in {folder}")
     return 0
@@ -64,7 +64,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[Experiment], Path]
     add(
         "--noise-correction",
         choices=["auto", "true", "false"],
-        default="auto",
+        default="false",
         help="make Adam's steps as long as BSP's",
     )
     add("--optimizer", default="sgd", help="sgd (momentum 0.9) or adam")
@@ -116,7 +116,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[Experiment], Path]
         parser.error(str(error))
 
 
-def _title(args: argparse.Namespace) -> str:
+def _title(args: argparse.Namespace, corrected: bool) -> str:
     options = [
         f"{args.world_size} workers",
         f"group size {args.group_size}",
@@ -131,7 +131,7 @@ def _title(args: argparse.Namespace) -> str:
     options += [f"{args.wire_dtype} wire"] if args.wire_dtype else []
     options += ["averaged gradients"] if args.average_gradients else []
     options += [f"averaged {' '.join(args.average_optimizer_state)}"] if args.average_optimizer_state else []
-    options += ["corrected for noise"] if args.noise_correction != "false" else []
+    options += ["corrected for noise"] if corrected else []
     return f"{', '.join(options)}; {args.seeds} seed{'s' * (args.seeds > 1)}"
 
 

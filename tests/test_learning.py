@@ -395,6 +395,25 @@ def test_the_command_writes_a_table_a_csv_and_a_picture(tmp_path, capsys):
     assert (folder / "learning.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_command_corrects_noise_where_there_is_some(tmp_path, capsys):
+    """And says so; a rate at which Adam alone moves little."""
+    words = [
+        *SHORT,
+        *["--world-size", "16", "--steps", "200", "--schedules", "grid", "--seeds", "1", "--lr", "0.001", "--output"],
+        str(tmp_path),
+    ]
+    accuracies = []
+    for more in ([], ["--noise-correction", "auto"], ["--noise-correction", "auto", "--average-gradients"]):
+        assert main([*words, "--optimizer", "adam", *more]) == 0
+        out = capsys.readouterr().out
+        assert ("corrected for noise" in out) == (len(more) == 2)
+        accuracies.append(float(re.search(r"\| (\d+\.\d\d) +\| ", out)[1]))
+    assert accuracies[1] > accuracies[0] + 3
+    with pytest.raises(SystemExit):
+        main([*words, "--noise-correction", "true"])
+    assert "noise_correction=True cannot be used with optimizer='sgd'" in capsys.readouterr().err
+
+
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(
     "words", [["--lr", "1e30"], ["--schedules", "bsp", "--seeds", "1"]], ids=["diverges", "bsp alone"]
