@@ -305,7 +305,7 @@ class _Correction:
 
     def averaged(self, round_: int, difference: Tensor) -> None:
         """What an average has added."""
-        self._average = round_, difference.clone()
+        self._average = round_, difference
 
     def correct(self, x: Tensor, base: Tensor, updates: int) -> None:
         """Stretch a round's updates, after so many in all."""

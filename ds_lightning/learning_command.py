@@ -63,7 +63,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[Experiment], Path]
     add("--optimizer-state-every", type=int, default=1, help="in one period of the schedule out of so many")
     add(
         "--noise-correction",
-        choices=["auto", "true", "false"],
+        choices=[*_CORRECTIONS],
         default="false",
         help="make Adam's steps as long as BSP's",
     )

@@ -44,7 +44,7 @@ from ds_lightning.payload import Payload
 _KEPT = 0.9
 # Up to here all ranks' covariances, and those of a whole period; beyond, members of a group are taken to be strangers.
 _EXACT_RANKS, _EXACT_VALUES = 256, 1 << 22
-# torch's optimizers that are corrected unless said otherwise, and those that must not be.
+# torch's optimizers that "auto" corrects, and those that must not be.
 _ADAPTIVE = (Adam, AdamW, NAdam, RAdam, RMSprop)
 _OTHERS = (SGD, ASGD, Adadelta, Adamax, LBFGS, Rprop)
 # Updates over which the correction grows to its full size: the first ones are unlike those that follow.

@@ -317,8 +317,12 @@ class DSSyncStrategy(DDPStrategy):
                 " they would wait for each other forever. HINT: use average_gradients=False."
             )
         if self._groups is not None:
-            for optimizer in self.optimizers:
-                self._corrects_noise(optimizer)  # refuses what must not be
+            corrected = [*map(self._corrects_noise, self.optimizers)]  # refuses what must not be
+            if self.noise_correction == "auto" and corrected and not any(corrected):
+                rank_zero_warn(
+                    "dssync: noise_correction='auto' has no effect: it takes an adaptive optimizer of torch's, a wire"
+                    " of 32 bits, and gradients that are not averaged."
+                )
         tables = [m.weight for m in trainer.lightning_module.modules() if is_table(m)]
         if self.average_gradients and self._groups is not None and any(table.requires_grad for table in tables):
             raise ValueError(SPARSE_GRADIENTS)

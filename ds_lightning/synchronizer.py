@@ -498,9 +498,8 @@ class DSSynchronizer:
         """What differs between ranks, between two rounds: which rows of sparse embeddings are to be sent."""
         frozen = [i for i, p in enumerate(_parameters(self.optimizer)) if p in self._sent_since_consensus]
         noise = None if self._correction is None else self._correction.state_dict()
-        moved = [
-            payload.squares.cpu().clone() for _, payload in self._based
-        ]  # by the latest average, in the paper's order
+        # By the latest average; in the paper's order the next update is yet to be held against it.
+        moved = [payload.squares.cpu().clone() for _, payload in self._based]
         state = {"sent": frozen, "rows": [rows.due for rows in self._rows]}
         return state | {"noise": noise, "moved": moved, "average": self._average}
 

@@ -323,6 +323,7 @@ def warned(world_size, model=BoringModel, steps=2, **options):
         ({"schedule": "grid", "seed": 3}, "seed=3 has no effect: GridSchedule"),
         ({"optimizer_state_every": 8}, "optimizer_state_every=8 has no effect: there is no average_optimizer_state"),
         ({"schedule": GridSchedule(2, 2), "seed": 3}, "seed=3 has no effect: GridSchedule"),
+        ({"noise_correction": "auto"}, "noise_correction='auto' has no effect: it takes an adaptive optimizer"),
     ],
 )
 def test_settings_without_effect_warn_once_on_rank_0(options, message):
