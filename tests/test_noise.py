@@ -21,7 +21,8 @@ from ds_lightning.noise import RAMP, NoiseShare, attenuation, check_noise_correc
 from ds_lightning.payload import Followed, Payload
 from ds_lightning.schedule import mixing_matrix
 from tests.ranks import run_ranks
-from tests.reference import Reference, flat, relative_error
+from tests.reference import Reference, relative_error
+from tests.test_synchronizer import train_model
 
 UNEQUAL = CyclicSchedule([[(0, 1), (2, 3, 4)], [(0,), (1, 2), (3, 4)], [(0, 4), (1, 3), (2,)]])
 
@@ -275,20 +276,10 @@ def make_adamw(model):
 
 def trained(rank, schedule, overlap, steps, **options):
     model = make_model()
-    optimizer = make_adamw(model)
-    sync = DSSynchronizer(model, optimizer, ScheduledGroups(schedule), noise_correction=True, **options)
-    seen = []
-    for t in range(steps):
-        if overlap:
-            sync.start()
-        optimizer.zero_grad()
-        backward(t, model, rank)
-        if overlap:
-            sync.finish()
-        optimizer.step()
-        if not overlap:
-            sync.synchronize()
-        seen.append(flat(model))
+    seen: list[torch.Tensor] = []
+    groups = ScheduledGroups(schedule)
+    options = {"noise_correction": True, "seen": seen, **options}
+    train_model(rank, model, make_adamw(model), groups, backward, overlap, steps, **options)
     return seen
 
 

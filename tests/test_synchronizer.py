@@ -55,8 +55,8 @@ def train(rank, groups, name, overlap, steps=STEPS, **options):
     return train_model(rank, model, make_optimizer(name, model), groups, backward, overlap, steps, **options)
 
 
-def train_model(rank, model, optimizer, groups, backward, overlap, steps, **options):
-    """The plain loop, in either order."""
+def train_model(rank, model, optimizer, groups, backward, overlap, steps, seen=None, **options):
+    """The plain loop, in either order; what is there after each step is appended to ``seen``."""
     sync = DSSynchronizer(model, optimizer, groups, **options)
     for t in range(steps):
         if overlap:
@@ -68,6 +68,8 @@ def train_model(rank, model, optimizer, groups, backward, overlap, steps, **opti
         optimizer.step()
         if not overlap:
             sync.synchronize()
+        if seen is not None:
+            seen.append(flat(model))
     return flat(model)
 
 
