@@ -450,7 +450,10 @@ def overrides(recipe: str, n: int) -> dict[str, list[Any]]:
         "strategy.timeout.seconds": ["60", *must(0, -5, told="timeout="), *must("x", told="timedelta seconds")],
         "strategy.process_group_backend": ["null", "gloo", *must("junk", "nccl", told="process_group_backend=")],
         "strategy.start_method": ["fork", *must("thread", told="start_method='thread' is unknown")],
-        "strategy": ["dssync", "dssync_adam", "ddp", Bad("dsync", "Could not find 'strategy/dsync'")],
+        "strategy": [
+            *("dssync", "dssync_adam", "dssync_corrected", "ddp"),
+            Bad("dsync", "Could not find 'strategy/dsync'"),
+        ],
         "trainer.max_steps": ["1", "2", *must("a", 1.5, "null", "[1]"), Bad("-2", "max_steps.* -2")],
         "trainer.max_epochs": ["1", *must("a", 1.5, "true"), Bad("-5", "max_epochs.* -5")],
         "trainer.precision": ["32-true", "bf16-mixed", *must("bf17", 17)],
