@@ -112,7 +112,7 @@ def test_application_trains_with(overrides, tmp_path):
 
 
 @pytest.mark.parametrize("trainer", sorted(path.stem for path in (CONF / "trainer").glob("*.yaml")))
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", [*STRATEGIES, "dssync_adam", "dssync_corrected"])
 def test_every_trainer_and_strategy_instantiate(strategy, trainer, tmp_path, monkeypatch):
     if trainer == "slurm":
         monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "3")
