@@ -27,7 +27,7 @@ from torch.optim import SGD, Adam, Optimizer
 
 from ds_lightning.cost import rounds
 from ds_lightning.digits import Data, mlp
-from ds_lightning.noise import NoiseShare, attenuation, check_noise_correction, deviations
+from ds_lightning.noise import OWN, NoiseShare, attenuation, check_noise_correction, deviations, full_step
 from ds_lightning.options import check_bool
 from ds_lightning.schedule import (
     GridSchedule,
@@ -309,9 +309,11 @@ class _Correction:
 
     def correct(self, x: Tensor, base: Tensor, updates: int) -> None:
         """Stretch a round's updates, after so many in all."""
-        update = torch.cat(
-            [u * (1 + f) for u, f in zip((x - base).split(self._sizes, 1), self._factors.split(1, 1), strict=True)], 1
-        )
+        e, update = self._e, x - base
+        step, own = full_step(_MOMENTUM, e.sync_every) * e.lr, 0.0 if e.average_optimizer_state else OWN
+        for u, factor in zip(update.split(self._sizes, 1), self._factors.split(1, 1), strict=True):
+            ratio = (1 + factor) ** -2
+            u /= (ratio + own * ((u / step) ** 2 - ratio).clamp_(min=0)).clamp_(max=1).sqrt_()
         x.copy_(base + update)
         if self._average is not None:
             round_, difference = self._average
@@ -319,7 +321,7 @@ class _Correction:
             if self._settling < 0:
                 kappas = self._kappas[(round_ + self._parts) % len(self._kappas)].T
                 self._share.take(self._squares(difference), self._squares(update, kappas))
-        e, updates = self._e, updates + self._e.sync_every
+        updates += e.sync_every
         each = attenuation(_MOMENTUM, e.sync_every, updates)
         self._factors = self._share.stretch(each, e.world_size, updates)
 

@@ -22,11 +22,19 @@ and ``update / sqrt(R)`` has BSP's length. The share follows from two norms that
 3. *Share of the gradient.* Momentum averages noise and keeps what is common, by which the update's share is smaller
    than the gradient's: in the gradient, noise to the rest is :func:`attenuation` times as large.
 
+R is a mean over values that differ. BSP's second moment of a value is at least the square of its mean, and the update
+tells how near a worker's own is to that: ``|u|`` is a full step (the learning rate) where gradients agree, ``m^2 = v``,
+and a fraction of it where they are noise. With the full step as the unit, a value is divided by the root of
+``R + max(u^2 - R, 0) / 4``; a quarter, since one u^2 is mostly chance. What nearly took a full step would part replicas
+most, and so they stay nearer to each other. With averaged second moments m^2 / v says nothing of a worker's own, and R
+is all.
+
 The gradient noise scale (McCandlish et al. 2018, arXiv 1812.06162), in samples, is the batch of a worker times n / s.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,7 +46,7 @@ from torch.optim import ASGD, LBFGS, SGD, Adadelta, Adam, Adamax, AdamW, NAdam, 
 from ds_lightning.consensus import average_exactly
 from ds_lightning.cost import Floats, Round, rounds
 from ds_lightning.groups import ScheduledGroups
-from ds_lightning.payload import Payload
+from ds_lightning.payload import Payload, Stretches
 
 # Of the mean of the latest rounds, the share that the next one leaves.
 _KEPT = 0.9
@@ -47,8 +55,14 @@ _EXACT_RANKS, _EXACT_VALUES = 256, 1 << 22
 # torch's optimizers that "auto" corrects, and those that must not be.
 _ADAPTIVE = (Adam, AdamW, NAdam, RAdam, RMSprop)
 _OTHERS = (SGD, ASGD, Adadelta, Adamax, LBFGS, Rprop)
+# Of what a value's own update says about its second moment, the share that counts.
+OWN = 0.25
 # Updates over which the correction grows to its full size: the first ones are unlike those that follow.
 RAMP = 50
+# The square of its inverse is a number in fp32.
+_SMALLEST_STEP = 1e-15
+# Updates after which the beginning does not count.
+_LATE = 10_000
 # Above, momentum forgets too slowly to follow, and nobody uses it.
 _LARGEST_MOMENTUM = 0.99
 
@@ -108,6 +122,14 @@ def attenuation(momentum: float, every: int, updates: int) -> float:
     return (1 + b) / (1 - b) * begun * every**2 / _covariances(b, every)[0]
 
 
+def full_step(momentum: float, every: int) -> float:
+    """Of the sum of ``every`` updates, what a value moves by if its gradients agree, in learning rates.
+
+    Without much momentum noise moves it as far: then four times what noise alone moves it by.
+    """
+    return every * max(1.0, 4 / math.sqrt(attenuation(momentum, every, _LATE)))
+
+
 def _covariances(b: float, every: int) -> tuple[float, float]:
     """Of the sum of ``every`` values of an autoregressive process, and of that sum and the next (``c_0`` and ``c_1``).
 
@@ -161,10 +183,12 @@ class NoiseCorrection:
         optimizer: Whose updates are corrected. Its momentum is its first beta, or RMSprop's momentum.
         groups: Of the schedule.
         every: Updates between averages.
+        own_moments: Whether second moments are this worker's own, or averaged as well.
     """
 
-    def __init__(self, optimizer: Optimizer, groups: ScheduledGroups, every: int) -> None:
+    def __init__(self, optimizer: Optimizer, groups: ScheduledGroups, every: int, own_moments: bool = True) -> None:
         self._optimizer, self._groups, self._every = optimizer, groups, every
+        self._own = OWN if own_moments else 0.0
         self._parameters: list[Tensor] = []
         self._share = NoiseShare((0,))
         self._kappas: dict[float, list[float]] = {}  # of this rank by round of a period, by momentum
@@ -217,11 +241,17 @@ class NoiseCorrection:
             average: Round of the average that made the base; None if none did.
         """
         groups = self._optimizer.param_groups
-        decays = self._of_parameters([_decay(self._optimizer, group, self._every) for group in groups])
         factors, device = self._factors_on_host(), self._factors.device
+        least = [(1 + factor) ** -2 for factor in factors]
+        stretches = Stretches(
+            least=least,
+            offsets=[(1 - self._own) * ratio for ratio in least],
+            scales=self._of_parameters([self._scale(group) for group in groups]),
+            kept=self._of_parameters([_kept(self._optimizer, group, self._every) for group in groups]),
+        )
         deviation, update = torch.zeros_like(self._factors), torch.zeros_like(self._factors)
         for part, payload in payloads:
-            squares = payload.stretch(factors, decays)
+            squares = payload.stretch(stretches)
             if average is not None:
                 kappas = [self._kappas_of(group)[(average + part) % self._groups.period] for group in groups]
                 deviation += payload.squares
@@ -230,7 +260,7 @@ class NoiseCorrection:
         if average is not None:
             self._rounds += 1
             if self._rounds > self._settling:
-                self._share.take(deviation, update.mul_((1 + self._factors).square_()))
+                self._share.take(deviation, update)
         self._prepare()
 
     @torch.no_grad()
@@ -269,6 +299,10 @@ class NoiseCorrection:
             return each[0]
         return torch.tensor(self._of_parameters(each), device=self._share.squares.device)
 
+    def _scale(self, group: dict[str, Any]) -> float:
+        step = full_step(_momentum(group), self._every) * float(group.get("lr", 0.0))
+        return self._own**0.5 / step if step > _SMALLEST_STEP else 0.0
+
     def _of_parameters(self, values: list[float]) -> list[float]:
         """What is one for each of the optimizer's groups, for each parameter."""
         groups = self._optimizer.param_groups
@@ -289,11 +323,11 @@ def _momentum(group: dict[str, Any]) -> float:
     return float(betas[0] if betas else group.get("momentum", 0.0))
 
 
-def _decay(optimizer: Optimizer, group: dict[str, Any], every: int) -> float:
-    """The share of the parameters that so many updates take away beside the gradients: AdamW's decay."""
+def _kept(optimizer: Optimizer, group: dict[str, Any], every: int) -> float:
+    """The share of the parameters that so many updates leave there: beside the gradients, AdamW takes its decay."""
     if not group.get("decoupled_weight_decay", isinstance(optimizer, AdamW)):
-        return 0.0
-    return float(1 - (1 - float(group["lr"]) * group["weight_decay"]) ** every)
+        return 1.0
+    return float((1 - float(group["lr"]) * group["weight_decay"]) ** every)
 
 
 def check_noise_correction(value: Any, average_gradients: bool = False) -> bool | str:

@@ -23,7 +23,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -41,6 +41,22 @@ _BUCKETS, _SMALLEST_BUCKET, _LARGEST_BUCKET = 8, 1 << 16, 1 << 22
 _TILE_ON_CPU, _TILE_ON_GPU = 1 << 15, 1 << 22
 # Buckets of which the second stage may be under way: each needs room for its rounded mean.
 _AHEAD = 2
+
+
+class Stretches(NamedTuple):
+    """How much longer changes get, by number: a value ``u`` of them becomes ``u / sqrt(offset + (scale u)^2)``.
+
+    Attributes:
+        least: Of what is below the root, which is at most 1; where it is 1, changes stay as they are.
+        offsets: See above.
+        scales: See above.
+        kept: The share of the base that is still there; what else was taken away stays as it is.
+    """
+
+    least: Sequence[float]
+    offsets: Sequence[float]
+    scales: Sequence[float]
+    kept: Sequence[float]
 
 
 class Followed:
@@ -196,27 +212,24 @@ class Payload:
             bucket.note_base()
 
     @torch.no_grad()
-    def stretch(self, factors: Sequence[float], decays: Sequence[float]) -> Tensor:
-        """Multiply what was added to the base by a factor; once for each base.
-
-        Args:
-            factors: By number, 1 less than it.
-            decays: By number, the share of the base that was taken away besides, which is not multiplied.
+    def stretch(self, stretches: Stretches) -> Tensor:
+        """Lengthen what was added to the base; once for each base.
 
         Returns:
-            By number, the sum of squares of what had been added, without what was taken away.
+            By number, the sum of squares of what was added, now that it is longer, without what was taken away.
         """
         assert self._current is not None
         assert self._follow is not None
         if self._gappy:
             torch._foreach_copy_(self._stand_ins, self._gappy)
         self._follow.updates.zero_()
-        factors, kept = [*factors, 0.0], [*(decay - 1.0 for decay in decays), -1.0]
+        padded = Stretches(*([*values, rest] for values, rest in zip(stretches, (1.0, 1.0, 0.0, 1.0), strict=True)))
+        offsets = torch.tensor(padded.offsets).unbind()
         with record_function("dssync: correct noise"):
             for bucket in self._current.buckets:
                 for tile in bucket.tiles:
                     assert tile.base is not None
-                    tile.base.stretch(factors, kept)
+                    tile.base.stretch(padded, offsets)
         if self._gappy:
             torch._foreach_copy_(self._gappy, self._stand_ins)
         return self._follow.updates[:-1]
@@ -438,7 +451,7 @@ class _Layout:
                         pieces, own_values = values.cut(stop - start), kept.cut(stop - start)[0]
                         base = None
                         if follow is not None:
-                            base = _Base(pieces, bases.cut(stop - start)[0], scratch[0], follow, values.latest)
+                            base = _Base(pieces, bases.cut(stop - start)[0], scratch, follow, values.latest)
                         b.tiles.append(_OwnTile(pieces, own_values, base))
                         parts = [code.part(start, stop) for code in codes]
                         rest = mean.part(start, stop), room.lanes_codec, lanes_scratch
@@ -453,7 +466,7 @@ class _Layout:
                     base = None
                     if follow is not None:
                         place = own_code.parts[0] if exact else bases.cut(stop - start)[0]
-                        base = _Base(pieces, place, scratch[0], follow, values.latest)
+                        base = _Base(pieces, place, scratch, follow, values.latest)
                     b.tiles.append(_SentTile(pieces, own_code, received_code, codec, scratch, weight, base))
             self.buckets.append(b)
 
@@ -494,11 +507,11 @@ class _Base:
     """What the updates of a tile's values are added to."""
 
     def __init__(
-        self, pieces: list[Tensor], place: Tensor, scratch: Tensor, follow: Followed, cut_from: list[int]
+        self, pieces: list[Tensor], place: Tensor, scratch: list[Tensor], follow: Followed, cut_from: list[int]
     ) -> None:
         n = sum(piece.numel() for piece in pieces)
-        self._pieces, self._place, self._scratch, self._follow = pieces, place, scratch[:n], follow
-        self._views, self._changes = _like(place, pieces), _like(self._scratch, pieces)
+        self._pieces, self._place, self._scratch, self._follow = pieces, place, scratch[0][:n], follow
+        self._views, self._changes, self._factors = (_like(of, pieces) for of in (place, self._scratch, scratch[1][:n]))
         self._numbers = [follow.numbers[i] for i in cut_from]
         self._index = torch.tensor(self._numbers, device=follow.squares.device)
         # Kernels for many tensors save launches on a GPU, and cost passes elsewhere.
@@ -520,21 +533,38 @@ class _Base:
         else:
             self._follow.squares.index_add_(0, self._index, _squares(parts), alpha=weight**2)
 
-    def stretch(self, factors: Sequence[float], kept: Sequence[float]) -> None:
+    def stretch(self, by: Stretches, offsets: Sequence[Tensor]) -> None:
         if self._one_by_one:
-            for number, piece, base, change in zip(
-                self._numbers, self._pieces, self._views, self._changes, strict=True
+            for number, piece, base, change, factor in zip(
+                self._numbers, self._pieces, self._views, self._changes, self._factors, strict=True
             ):
-                torch.add(piece, base, alpha=kept[number], out=change)
+                kept, scale = by.kept[number], by.scales[number]
+                torch.add(piece, base, alpha=-kept, out=change)
+                if by.least[number] < 1:
+                    scaled, square = change, scale**2
+                    if change.dtype == torch.float16:  # has no number as small as the square of an update
+                        scaled, square = torch.mul(change, scale, out=factor), 1.0
+                    torch.addcmul(offsets[number], scaled, scaled, value=square, out=factor)
+                    change.mul_(factor.clamp_(by.least[number], 1.0).rsqrt_())
+                    torch.add(change, base, alpha=kept, out=piece)
                 self._follow.of_updates[number].add_(torch.dot(change, change))
-                piece.add_(change, alpha=factors[number])
             return
+        least, offsets_, scales, kepts = ([values[i] for i in self._numbers] for values in by)
         self._scratch.copy_(self._place)
-        torch._foreach_mul_(self._changes, [kept[i] for i in self._numbers])
+        torch._foreach_mul_(self._changes, [-kept for kept in kepts])
         torch._foreach_add_(self._changes, self._pieces)
+        torch._foreach_copy_(self._factors, self._changes)
+        torch._foreach_mul_(self._factors, scales)
+        torch._foreach_mul_(self._factors, self._factors)
+        torch._foreach_add_(self._factors, offsets_)
+        torch._foreach_clamp_min_(self._factors, least)
+        torch._foreach_clamp_max_(self._factors, 1.0)
+        torch._foreach_sqrt_(self._factors)
+        torch._foreach_reciprocal_(self._factors)
+        torch._foreach_sub_(self._factors, 1.0)
+        torch._foreach_addcmul_(self._pieces, self._changes, self._factors)
+        torch._foreach_addcmul_(self._changes, self._changes, self._factors)
         self._follow.updates.index_add_(0, self._index, _squares(self._changes))
-        torch._foreach_mul_(self._changes, [factors[i] for i in self._numbers])
-        torch._foreach_add_(self._pieces, self._changes)
 
 
 def _squares(parts: list[Tensor]) -> Tensor:

@@ -165,7 +165,9 @@ class DSSynchronizer:
         self._begins = True  # the coming update is the first of a round
         self._ends = False  # overlapped: it is the last
         if self.groups.schedule.world_size > 1 and corrects_noise(noise_correction, optimizer, wire=self.wire_dtype):
-            self._correction = NoiseCorrection(optimizer, self.groups, self.sync_every)
+            self._correction = NoiseCorrection(
+                optimizer, self.groups, self.sync_every, own_moments=not self.average_optimizer_state
+            )
             _hook(self, optimizer)
         if broadcast:
             broadcast_from_rank_0(module)

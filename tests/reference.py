@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,8 @@ class Reference:
             there was before the first of them.
         average_gradients: Whether W_t also mixes the gradients; a missing one counts as zero, where others have one.
         correct_noise: Whether updates are stretched as :class:`Noise` says.
+        average_states: Names of the optimizer's states that W_t mixes too, without parts.
+        states_every: In one period of the schedule out of so many.
     """
 
     def __init__(
@@ -38,6 +40,8 @@ class Reference:
         sync_every: int = 1,
         average_gradients: bool = False,
         correct_noise: bool = False,
+        average_states: Sequence[str] = (),
+        states_every: int = 1,
     ) -> None:
         self.models = [make_model() for _ in range(schedule.world_size)]
         self.optimizers = [make_optimizer(model) for model in self.models]
@@ -45,6 +49,8 @@ class Reference:
         self.overlap = overlap
         self.sync_every = sync_every
         self.average_gradients = average_gradients
+        self.average_states = average_states
+        self.states_every = states_every
         self.before: list[Tensor] = []
         self.t = 0
         self.noise = [Noise(self, rank) for rank in range(len(self.models))] if correct_noise else []
@@ -72,6 +78,7 @@ class Reference:
             self._mix_gradients(w)
         if self.overlap:
             self._average(ws, self.before)
+            self._mix_states(w)
         for rank, optimizer in enumerate(self.optimizers):
             update(rank) if update else optimizer.step()
         if (self.t + 1) % self.sync_every == 0:
@@ -79,6 +86,7 @@ class Reference:
                 noise.stretch()
         if not self.overlap:
             self._average(ws, [x.double() for x in self._stacked()])
+            self._mix_states(w)
         self.t += 1
 
     def flat(self, rank: int) -> Tensor:
@@ -113,6 +121,16 @@ class Reference:
         for xs, difference in zip(zip(*map(averaged, self.models), strict=True), differences, strict=True):
             for x, d in zip(xs, difference, strict=True):
                 x.copy_(x.double() + d)
+
+    def _mix_states(self, w: Tensor) -> None:
+        round_, left = divmod(self.t + 1, self.sync_every)
+        if left or (round_ - 1) // len(rounds(self.schedule)) % self.states_every:
+            return
+        for ps in zip(*(model.parameters() for model in self.models), strict=True):
+            states = [optimizer.state.get(p, {}) for p, optimizer in zip(ps, self.optimizers, strict=True)]
+            for name in self.average_states if states[0] else ():
+                for state, mixed in zip(states, mix(w, torch.stack([s[name] for s in states]).double()), strict=True):
+                    state[name].copy_(mixed)
 
     def _mix_gradients(self, w: Tensor) -> None:
         for ps in zip(*(model.parameters() for model in self.models), strict=True):
@@ -156,7 +174,10 @@ class Noise:
         parts, total, at = schedule_parts(r.schedule), sum(p.numel() for p in self.parameters), 0
         self.rounds += self.moved is not None
         for i, (p, base) in enumerate(zip(self.parameters, self.base, strict=True)):
-            update = (p.double() - kept * base) * self.factors[i]
+            update = p.double() - kept * base
+            step = k * group["lr"] * max(1, 4 * attenuation(b, k, 10_000) ** -0.5)
+            ratio, own = self.factors[i] ** -2, 0 if r.average_states else 1 / 4
+            update /= (ratio + own * ((update / step).square() - ratio).clamp(min=0)).clamp(max=1).sqrt()
             p.copy_(kept * base + update)
             if self.moved is not None and self.rounds > settling:
                 part = torch.arange(at, at + p.numel()) * parts // total

@@ -27,7 +27,7 @@ from ds_lightning.payload import Payload
 from ds_lightning.schedule import CyclicSchedule, mixing_matrix
 from ds_lightning.wire import codec_for
 from tests.ranks import run_ranks
-from tests.reference import Reference, flat, mix, relative_error
+from tests.reference import Reference, flat, relative_error
 
 OPTIMIZERS = {"sgd": lambda p, lr: torch.optim.SGD(p, lr, momentum=0.9), "adam": torch.optim.Adam}
 WIRES = {"bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
@@ -69,7 +69,7 @@ def first_model(experiment):
         return small_model().double()
 
 
-def reference(experiment, data, schedule, overlap, sync_every, mixed_states=()):
+def reference(experiment, data, schedule, overlap, sync_every):
     """Replicas of the plain loop after every step: N modules, N optimizers of torch, mixing matrices."""
     e = experiment
 
@@ -81,31 +81,14 @@ def reference(experiment, data, schedule, overlap, sync_every, mixed_states=()):
     def make_optimizer(model):
         return OPTIMIZERS[e.optimizer](model.parameters(), e.lr)
 
-    ref = Reference(make, make_optimizer, schedule, overlap, sync_every, e.average_gradients, e.corrects_noise)
-
-    def mix_states():
-        w = torch.from_numpy(mixing_matrix(schedule, ref.t // sync_every))
-        if (ref.t + 1) % sync_every or ref.t // sync_every // schedule.period % e.optimizer_state_every:
-            return
-        for ps in zip(*(model.parameters() for model in ref.models), strict=True):
-            states = [optimizer.state[p] for p, optimizer in zip(ps, ref.optimizers, strict=True)]
-            for name in mixed_states if states[0] else ():
-                for state, mixed in zip(states, mix(w, torch.stack([s[name] for s in states])), strict=True):
-                    state[name].copy_(mixed)
-
-    def update(rank):
-        if rank == 0 and overlap:
-            mix_states()
-        ref.optimizers[rank].step()
-        if rank == e.world_size - 1 and not overlap:
-            mix_states()
-
+    states = e.average_optimizer_state, e.optimizer_state_every
+    ref = Reference(make, make_optimizer, schedule, overlap, sync_every, e.average_gradients, e.corrects_noise, *states)
     for indices, _ in zip(batches(e, data.train_labels), range(e.steps), strict=False):
 
         def backward(model, rank, indices=indices):
             F.cross_entropy(model(data.train[indices[rank]]), data.train_labels[indices[rank]]).backward()
 
-        ref.step(backward, update)
+        ref.step(backward)
         yield torch.stack([ref.flat(rank) for rank in range(e.world_size)])
 
 
@@ -135,8 +118,9 @@ def test_workers_equal_modules_and_matrices(schedule, optimizer, overlap, sync_e
 @pytest.mark.parametrize("every", [1, 2])
 @pytest.mark.parametrize("overlap", [False, True])
 def test_optimizer_states_are_averaged_when_they_are_due(overlap, every, optimizer, states):
-    e = Experiment(8, "grid", 2, overlap, 2, None, False, states, every, optimizer, lr=0.05, steps=30)
-    assert_equal_at_every_step(e, small_data(), GridSchedule(8, 2), overlap, 2, states)
+    options = {"noise_correction": "auto", "lr": 0.05, "steps": 30}
+    e = Experiment(8, "grid", 2, overlap, 2, None, False, states, every, optimizer, **options)
+    assert_equal_at_every_step(e, small_data(), GridSchedule(8, 2), overlap, 2)
 
 
 @pytest.mark.parametrize("average_gradients", [False, True])

@@ -17,8 +17,16 @@ from ds_lightning import CyclicSchedule, DSSynchronizer, GridSchedule, ShuffleSc
 from ds_lightning.cost import rounds
 from ds_lightning.groups import ScheduledGroups
 from ds_lightning.lanes import Lane
-from ds_lightning.noise import RAMP, NoiseShare, attenuation, check_noise_correction, corrects_noise, deviations
-from ds_lightning.payload import Followed, Payload
+from ds_lightning.noise import (
+    RAMP,
+    NoiseShare,
+    attenuation,
+    check_noise_correction,
+    corrects_noise,
+    deviations,
+    full_step,
+)
+from ds_lightning.payload import Followed, Payload, Stretches, _Base
 from ds_lightning.schedule import mixing_matrix
 from tests.ranks import run_ranks
 from tests.reference import Reference, relative_error
@@ -132,6 +140,36 @@ def test_shares_and_their_limits():
     assert share.stretch(19.0, 8, 1000) == pytest.approx(expected, rel=1e-5)
     assert expected[1] == pytest.approx(math.sqrt(8) - 1)  # never more than the root of N
     assert share.stretch(19.0, 8, RAMP // 2) == pytest.approx([e / 2 for e in expected], rel=1e-5)
+
+
+def test_a_full_step_is_what_agreeing_gradients_move_a_value_by():
+    assert full_step(0.9, 1) == 1  # in learning rates
+    assert full_step(0.9, 3) == pytest.approx(3)
+    assert full_step(0.0, 1) == 4  # without momentum noise moves it by 1 as well
+
+
+@pytest.mark.parametrize("one_by_one", [True, False], ids=["cpu", "gpu"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+def test_values_that_moved_far_are_stretched_less(dtype, one_by_one):
+    """By the kernels for the CPU and by those for a GPU, also where the square of an update would be nothing."""
+    lr, least = 1e-4, [0.25, 1.0, 0.0625]
+    place = torch.tensor([0.5, 0.0, 1.0, 0.0, 0.0, 0.0], dtype=dtype)
+    moves = torch.tensor([0.0, 0.1, 0.2, 1.0, 0.5, 3.0], dtype=torch.float64)
+    follow = Followed([0, 1, 2], 3, torch.device("cpu"))
+    pieces = [*(place + (lr * moves).to(dtype)).split([3, 1, 2])]
+    moved = (torch.cat(pieces) - place).double()
+    base = _Base(pieces, place.clone(), [torch.zeros_like(place) for _ in range(2)], follow, [0, 1, 2])
+    base._one_by_one = one_by_one
+    offsets = [0.75 * r for r in least]
+    base.stretch(Stretches(least, offsets, [0.5 / lr] * 3, [1.0] * 3), torch.tensor(offsets).unbind())
+    ratios = torch.tensor(least).double().repeat_interleave(torch.tensor([3, 1, 2]))
+    expected = moved / (ratios + ((moved / lr).square() - ratios).clamp(min=0) / 4).clamp(max=1).sqrt()
+    tolerance = 20 * torch.finfo(dtype).eps
+    assert torch.allclose(torch.cat(pieces).double(), place.double() + expected, rtol=tolerance, atol=lr * tolerance)
+    assert torch.equal(pieces[1], place[3:4] + moved[3:4].to(dtype))
+    squares = [part.square().sum().item() for part in expected.split([3, 1, 2])]
+    assert follow.updates[:3].tolist() == pytest.approx(squares, rel=max(tolerance, 1e-5), abs=1e-7)
+    assert expected[-1] == moved[-1]
 
 
 # ---- where it is used ------------------------------------------------------------------------------------------------
@@ -274,6 +312,19 @@ def make_adamw(model):
     return torch.optim.AdamW(model.parameters(), 1e-2, weight_decay=0.5)
 
 
+@pytest.mark.parametrize("overlap", [True, False], ids=["overlap", "paper"])
+def test_averaged_second_moments_say_nothing_of_a_workers_own(overlap):
+    """Then all of a tensor is stretched alike."""
+    schedule, states = GridSchedule(4, 2), ("exp_avg_sq",)
+    options = {"average_optimizer_state": states, "optimizer_state_every": 3}
+    ranks = run_ranks(partial(trained, **options), 4, schedule, overlap, 60)
+    reference = Reference(make_model, make_adamw, schedule, overlap, 1, False, True, states, 3)
+    for t in range(60):
+        reference.step(partial(backward, t))
+        for rank, seen in enumerate(ranks):
+            assert relative_error(seen[t], reference.flat(rank)) < 1e-5, (t, rank)
+
+
 def trained(rank, schedule, overlap, steps, **options):
     model = make_model()
     seen: list[torch.Tensor] = []
@@ -310,6 +361,9 @@ def test_no_learning_rate_and_no_gradient_move_nothing(overlap):
             if overlap:
                 sync.start()
             model[0].grad, model[1].grad, _ = gradients(rank, t)
+            model[1].grad[0] = 0
+            if t == 55:  # its inverse is not a number in fp32
+                optimizer.param_groups[1]["lr"] = 1e-45
             if overlap:
                 sync.finish()
             optimizer.step()
