@@ -47,9 +47,9 @@ class Stretches(NamedTuple):
     """How much longer changes get, by number: a value ``u`` of them becomes ``u / sqrt(offset + (scale u)^2)``.
 
     Attributes:
-        least: Of what is below the root, which is at most 1; where it is 1, changes stay as they are.
+        least: What is below the root is at least this and at most 1; where this is 1, changes stay as they are.
         offsets: See above.
-        scales: See above.
+        scales: See above; 0: all values become longer alike.
         kept: The share of the base that is still there; what else was taken away stays as it is.
     """
 
@@ -224,12 +224,12 @@ class Payload:
             torch._foreach_copy_(self._stand_ins, self._gappy)
         self._follow.updates.zero_()
         padded = Stretches(*([*values, rest] for values, rest in zip(stretches, (1.0, 1.0, 0.0, 1.0), strict=True)))
-        offsets = torch.tensor(padded.offsets).unbind()
+        offset_tensors = torch.tensor(padded.offsets).unbind()
         with record_function("dssync: correct noise"):
             for bucket in self._current.buckets:
                 for tile in bucket.tiles:
                     assert tile.base is not None
-                    tile.base.stretch(padded, offsets)
+                    tile.base.stretch(padded, offset_tensors)
         if self._gappy:
             torch._foreach_copy_(self._gappy, self._stand_ins)
         return self._follow.updates[:-1]
@@ -533,7 +533,7 @@ class _Base:
         else:
             self._follow.squares.index_add_(0, self._index, _squares(parts), alpha=weight**2)
 
-    def stretch(self, by: Stretches, offsets: Sequence[Tensor]) -> None:
+    def stretch(self, by: Stretches, offset_tensors: Sequence[Tensor]) -> None:
         if self._one_by_one:
             for number, piece, base, change, factor in zip(
                 self._numbers, self._pieces, self._views, self._changes, self._factors, strict=True
@@ -544,19 +544,19 @@ class _Base:
                     scaled, square = change, scale**2
                     if change.dtype == torch.float16:  # has no number as small as the square of an update
                         scaled, square = torch.mul(change, scale, out=factor), 1.0
-                    torch.addcmul(offsets[number], scaled, scaled, value=square, out=factor)
+                    torch.addcmul(offset_tensors[number], scaled, scaled, value=square, out=factor)
                     change.mul_(factor.clamp_(by.least[number], 1.0).rsqrt_())
                     torch.add(change, base, alpha=kept, out=piece)
                 self._follow.of_updates[number].add_(torch.dot(change, change))
             return
-        least, offsets_, scales, kepts = ([values[i] for i in self._numbers] for values in by)
+        least, offsets, scales, kept_ = ([values[i] for i in self._numbers] for values in by)
         self._scratch.copy_(self._place)
-        torch._foreach_mul_(self._changes, [-kept for kept in kepts])
+        torch._foreach_mul_(self._changes, [-share for share in kept_])
         torch._foreach_add_(self._changes, self._pieces)
         torch._foreach_copy_(self._factors, self._changes)
         torch._foreach_mul_(self._factors, scales)
         torch._foreach_mul_(self._factors, self._factors)
-        torch._foreach_add_(self._factors, offsets_)
+        torch._foreach_add_(self._factors, offsets)
         torch._foreach_clamp_min_(self._factors, least)
         torch._foreach_clamp_max_(self._factors, 1.0)
         torch._foreach_sqrt_(self._factors)
