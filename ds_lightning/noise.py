@@ -186,7 +186,7 @@ class NoiseCorrection:
         own_moments: Whether second moments are this worker's own, or averaged as well.
     """
 
-    def __init__(self, optimizer: Optimizer, groups: ScheduledGroups, every: int, own_moments: bool = True) -> None:
+    def __init__(self, optimizer: Optimizer, groups: ScheduledGroups, every: int, own_moments: bool) -> None:
         self._optimizer, self._groups, self._every = optimizer, groups, every
         self._own = OWN if own_moments else 0.0
         self._parameters: list[Tensor] = []

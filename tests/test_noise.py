@@ -165,10 +165,13 @@ def test_values_that_moved_far_are_stretched_less(dtype, one_by_one):
     ratios = torch.tensor(least).double().repeat_interleave(torch.tensor([3, 1, 2]))
     expected = moved / (ratios + ((moved / lr).square() - ratios).clamp(min=0) / 4).clamp(max=1).sqrt()
     tolerance = 20 * torch.finfo(dtype).eps
-    assert torch.allclose(torch.cat(pieces).double(), place.double() + expected, rtol=tolerance, atol=lr * tolerance)
+    assert torch.allclose(
+        torch.cat(pieces).double(), place.double() + expected, rtol=tolerance, atol=2e-7 * (dtype == torch.float16)
+    )
     assert torch.equal(pieces[1], place[3:4] + moved[3:4].to(dtype))
-    squares = [part.square().sum().item() for part in expected.split([3, 1, 2])]
-    assert follow.updates[:3].tolist() == pytest.approx(squares, rel=max(tolerance, 1e-5), abs=1e-7)
+    if dtype != torch.float16:  # in which sums of so few squares are nothing
+        squares = [part.square().sum().item() for part in expected.split([3, 1, 2])]
+        assert follow.updates[:3].tolist() == pytest.approx(squares, rel=1e-5, abs=0)
     assert expected[-1] == moved[-1]
 
 
