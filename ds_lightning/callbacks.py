@@ -37,6 +37,9 @@ class ConsensusMonitor(Callback):
       covariance of a sample's gradient and G their mean (McCandlish et al. 2018, arXiv 1812.06162, equation 2.7). It
       is told by how far replicas are apart (:mod:`ds_lightning.noise`), from norms in the optimizer's units and the
       latest gradients, once they are apart as usual. Within a factor of about 3;
+    * ``dssync/drift``, where updates are corrected for noise: of what parts a rank from its groups, the share that goes
+      on in one direction, from 0 to 1 (:class:`~ds_lightning.noise.Drift`). Above 0.2 ranks seem to have samples of
+      their own;
     * ``dssync/plan`` and ``dssync/slowest_link``, where plans adapt: how often the plan has changed, and the smallest
       share of its bandwidth that any link is thought to have left.
 
@@ -94,6 +97,7 @@ class ConsensusMonitor(Callback):
         seen, self._seen = self._seen, strategy.statistics
         distance, norm = consensus_distance(pl_module)
         noise, signal = self._noise_and_signal(strategy)
+        drifts = [s.drift for s in strategy.synchronizers if s.drift is not None]
         sums = torch.tensor(
             [
                 self._seen.seconds_waiting - seen.seconds_waiting,
@@ -101,12 +105,14 @@ class ConsensusMonitor(Callback):
                 self._seen.bytes_sent - seen.bytes_sent,
                 noise * _samples(batch) * trainer.accumulate_grad_batches,
                 signal,
+                sum(drifts),
+                len(drifts),
             ],
             dtype=torch.float64,
         ).to(strategy.root_device)
         dist.all_reduce(sums)
         waiting, running, sent = (sums[:3] / (trainer.world_size * steps)).tolist()
-        noise, signal = sums[3:].tolist()
+        noise, signal, drift, drifting = sums[3:].tolist()
         pl_module.log_dict(
             {
                 "dssync/consensus_distance": distance,
@@ -118,6 +124,8 @@ class ConsensusMonitor(Callback):
         )
         if noise and signal:
             pl_module.log("dssync/gradient_noise_scale", noise / signal)
+        if drifting:
+            pl_module.log("dssync/drift", drift / drifting)
         if strategy.adapting is not None:
             plan, slowest = float(strategy.adapting.version), strategy.adapting.slowest
             pl_module.log_dict({"dssync/plan": plan, "dssync/slowest_link": slowest})

@@ -30,11 +30,14 @@ most, and so they stay nearer to each other. With averaged second moments m^2 / 
 is all.
 
 The gradient noise scale (McCandlish et al. 2018, arXiv 1812.06162), in samples, is the batch of a worker times n / s.
+
+Where workers have shards of their own, the pull of a shard counts as noise in all of this. :class:`Drift` tells it.
 """
 
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -46,7 +49,7 @@ from torch.optim import ASGD, LBFGS, SGD, Adadelta, Adam, Adamax, AdamW, NAdam, 
 from ds_lightning.consensus import average_exactly
 from ds_lightning.cost import Floats, Round, rounds
 from ds_lightning.groups import ScheduledGroups
-from ds_lightning.payload import Payload, Stretches
+from ds_lightning.payload import Payload, Stretches, in_memory_order
 
 # Of the mean of the latest rounds, the share that the next one leaves.
 _KEPT = 0.9
@@ -57,6 +60,8 @@ _ADAPTIVE = (Adam, AdamW, NAdam, RAdam, RMSprop)
 _OTHERS = (SGD, ASGD, Adadelta, Adamax, LBFGS, Rprop)
 # Of what a value's own update says about its second moment, the share that counts.
 OWN = 0.25
+# Above this share of drift, workers seem to have shards of their own: of iid ones it was at most 0.15.
+DRIFTS = 0.2
 # Updates over which the correction grows to its full size: the first ones are unlike those that follow.
 RAMP = 50
 # The square of its inverse is a number in fp32.
@@ -65,6 +70,12 @@ _SMALLEST_STEP = 1e-15
 _LATE = 10_000
 # Above, momentum forgets too slowly to follow, and nobody uses it.
 _LARGEST_MOMENTUM = 0.99
+# Which values tell drift: up to so many of each of the largest tensors.
+_WATCHED_TENSORS, _WATCHED_VALUES = 8, 256
+# Rounds of a block of them, and how many times longer than momentum remembers it is: a block later noise is forgotten.
+_BLOCK, _MEMORIES = 16, 1.6
+# Blocks after which drift is known, and of the mean of blocks, the share that the next one leaves.
+_BLOCKS, _KEPT_OF_BLOCKS = 6, 0.8
 
 
 def deviations(period: Sequence[Round], momentum: float, every: int = 1) -> tuple[Floats, int]:
@@ -173,6 +184,96 @@ class NoiseShare:
         return ratio.clamp_min_(1 / world_size).rsqrt_().sub_(1).mul_(min(1.0, updates / RAMP))
 
 
+class _OnHost:
+    """A copy of a tensor for the host to read later: nobody waits for a GPU at a step."""
+
+    def __init__(self, values: Tensor) -> None:
+        self._values, self._copied = values, None
+        if values.is_cuda:
+            self._values = torch.empty_like(values, device="cpu", pin_memory=True)
+            self._values.copy_(values, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def tolist(self) -> list[float]:
+        """Its values."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._values.tolist()
+
+
+class Drift:
+    """Of what parts a worker from its group, the share that goes on in one direction.
+
+    Noise forgets itself: what an average moves a worker by has nothing in common with what one moved it by tens of
+    rounds before. The pull of a shard of its own goes on (client drift, Karimireddy et al. 2020, arXiv 1910.06378). Of
+    a sample of values the mean over a block of rounds is multiplied by that of earlier blocks, without the latest one.
+    Members whose drifts are strangers leave ``1 - 1/g`` of a square to go on, by which it is divided: 1 says that all
+    is drift.
+
+    It is known six blocks after the beginning, which checkpoints do not keep.
+
+    Args:
+        flats: The parameters, flat.
+        momentum: Of the optimizer.
+        every: Updates between averages.
+    """
+
+    def __init__(self, flats: Sequence[Tensor], momentum: float, every: int) -> None:
+        largest = sorted(flats, key=Tensor.numel, reverse=True)[:_WATCHED_TENSORS]
+        self._watched = [flat[:: max(1, -(-flat.numel() // _WATCHED_VALUES))] for flat in largest]
+        self._length = max(_BLOCK, round(_MEMORIES / (1 - min(momentum, _LARGEST_MOMENTUM)) / every))
+        self._before = self._values()
+        self._sum, self._square = torch.zeros_like(self._before), self._before.new_zeros(())
+        self._means: deque[Tensor] = deque(maxlen=3)  # of the latest blocks
+        self._earlier = torch.zeros_like(self._before)  # mean of those before the latest two
+        self.squares = torch.zeros(2, device=self._before.device)  # what goes on, and all
+        self._on_host = _OnHost(self.squares)
+        self._rounds = 0
+
+    @torch.no_grad()
+    def before(self) -> None:
+        """An average is about to be applied."""
+        self._before = self._values()
+
+    @torch.no_grad()
+    def after(self, size: int) -> None:
+        """It has been, in a group of that size."""
+        moved = self._values() - self._before
+        self._sum += moved
+        self._square += moved.square().sum() * (1 - 1 / size)
+        self._rounds += 1
+        if self._rounds % self._length:
+            return
+        finite = self._square.isfinite()
+        self._means.append(torch.where(finite, self._sum / self._length, self._earlier))
+        if (block := self._rounds // self._length - 2) > 0:
+            weight = max(1 - _KEPT_OF_BLOCKS, 1 / block)
+            self._earlier.lerp_(self._means[0], weight)
+            latest = torch.stack([self._earlier @ self._means[2], self._square / self._length])
+            self.squares = self.squares.lerp(torch.where(finite, latest, 0.0).float(), weight)
+            self.agreed()
+        self._sum, self._square = torch.zeros_like(self._sum), torch.zeros_like(self._square)
+
+    def agreed(self) -> None:
+        """``squares`` are others now."""
+        self._on_host = _OnHost(self.squares)
+
+    @property
+    def news(self) -> bool:
+        """Whether a block ended a round ago, whose share a GPU has computed by now."""
+        return self._rounds % self._length == 1
+
+    @property
+    def share(self) -> float | None:
+        """From 0 to 1; None if it is not known."""
+        along, all_ = self._on_host.tolist() if self._rounds >= _BLOCKS * self._length else (0.0, 0.0)
+        return min(max(along / all_, 0.0), 1.0) if all_ > 0 else None
+
+    def _values(self) -> Tensor:
+        return torch.cat([values.to(torch.promote_types(values.dtype, torch.float32)) for values in self._watched])
+
+
 class NoiseCorrection:
     """Makes the updates of one optimizer as long as BSP's: what the synchronizer asks, round by round.
 
@@ -196,7 +297,9 @@ class NoiseCorrection:
         self._rounds = 0  # since they were
         self.updates = 0  # since the optimizer began
         self._factors = torch.zeros(0)  # of the next updates, less 1
-        self._copied: tuple[Tensor, torch.cuda.Event] | None = None  # on the host: nobody waits for a GPU at a step
+        self._on_host = _OnHost(self._factors)
+        self.drift: Drift | None = None  # once there are parameters that are averaged
+        self._watched: list[tuple[int, int]] = []  # where these are
 
     def lay_out(self, parameters: list[Tensor]) -> None:
         """Take over the optimizer's parameters, and what is known of those that it had before."""
@@ -210,6 +313,14 @@ class NoiseCorrection:
         self._parameters, self._share = parameters, share
         self._prepare()
 
+    def watch(self, averaged: Sequence[Tensor]) -> None:
+        """Those of the parameters that are averaged, as reals: some of them tell drift from here on."""
+        flats = [flat for flat in map(in_memory_order, averaged) if flat is not None and flat.numel()]
+        where = [(flat.data_ptr(), flat.numel()) for flat in flats]
+        if where != self._watched:
+            momentum = max((_momentum(group) for group in self._optimizer.param_groups), default=0.0)
+            self.drift, self._watched = Drift(flats, momentum, self._every) if flats else None, where
+
     def regroup(self) -> None:
         """The schedule is another."""
         self._kappas, self._settling, self._rounds = {}, 0, 0
@@ -217,7 +328,10 @@ class NoiseCorrection:
     def agreed(self) -> None:
         """All replicas are equal, and so is what ranks know of their noise from here on. Collective."""
         updates = torch.tensor([float(self.updates)], dtype=torch.float64)
-        average_exactly([self._share.squares, updates])
+        drift = self._share.squares.new_zeros(2) if self.drift is None else self.drift.squares
+        average_exactly([self._share.squares, updates, drift])
+        if self.drift is not None:
+            self.drift.agreed()
         self._rounds, self.updates = 0, round(updates.item())
         self._prepare()
 
@@ -241,7 +355,7 @@ class NoiseCorrection:
             average: Round of the average that made the base; None if none did.
         """
         groups = self._optimizer.param_groups
-        factors, device = self._factors_on_host(), self._factors.device
+        factors, device = self._on_host.tolist(), self._factors.device
         least = [(1 + factor) ** -2 for factor in factors]
         stretches = Stretches(
             least=least,
@@ -280,18 +394,7 @@ class NoiseCorrection:
         updates = self.updates + self._every
         each, ranks = self._attenuations(updates), self._groups.schedule.world_size
         self._factors = self._share.stretch(each, ranks, updates)
-        if self._factors.is_cuda:
-            host = torch.empty_like(self._factors, device="cpu", pin_memory=True)
-            host.copy_(self._factors, non_blocking=True)
-            self._copied = host, torch.cuda.Event()
-            self._copied[1].record()
-
-    def _factors_on_host(self) -> list[float]:
-        if self._copied is None:
-            return self._factors.tolist()
-        host, event = self._copied
-        event.synchronize()
-        return host.tolist()
+        self._on_host = _OnHost(self._factors)
 
     def _attenuations(self, updates: int) -> Tensor | float:
         each = [attenuation(_momentum(group), self._every, updates) for group in self._optimizer.param_groups]

@@ -105,7 +105,7 @@ class Payload:
         self._room = _Room(wire, dtype, tensors[0].device)
         self._current: _Layout | None = None  # whose buffers hold the base
         # Tensors with gaps in memory have stand-ins, packed with the others and applied in one go.
-        flats = [_in_memory_order(t) for t in tensors]
+        flats = [in_memory_order(t) for t in tensors]
         self._gappy = [t for t, flat in zip(tensors, flats, strict=True) if flat is None]
         self._stand_ins = [torch.empty(t.shape, dtype=dtype, device=t.device) for t in self._gappy]
         stand_ins = iter(self._stand_ins)
@@ -691,7 +691,7 @@ def in_parts(tensors: Sequence[Tensor], parts: int) -> list[list[Tensor]]:
     total, at = sum(t.numel() for t in tensors), 0
     found: list[list[Tensor]] = [[] for _ in range(parts)]
     for tensor in tensors:
-        flat, start = _in_memory_order(tensor), 0
+        flat, start = in_memory_order(tensor), 0
         while flat is not None and start < flat.numel():
             part = (at + start) * parts // total
             stop = min(-(-total * (part + 1) // parts) - at, flat.numel())
@@ -707,7 +707,7 @@ def _like(flat: Tensor, pieces: list[Tensor]) -> list[Tensor]:
     return list(flat.split([piece.numel() for piece in pieces]))
 
 
-def _in_memory_order(tensor: Tensor) -> Tensor | None:
+def in_memory_order(tensor: Tensor) -> Tensor | None:
     """A flat view of a tensor without gaps, such as one in channels-last order, else ``None``."""
     ordered = tensor.permute(sorted(range(tensor.dim()), key=tensor.stride, reverse=True))
     return ordered.view(-1) if ordered.is_contiguous() else None

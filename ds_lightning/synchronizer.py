@@ -35,7 +35,7 @@ from torch.optim import Optimizer
 from ds_lightning.consensus import broadcast_from_rank_0, consensus_of, consensus_of_optimizer_state
 from ds_lightning.groups import ScheduledGroups, gather_hosts, name_ranks, name_timeout
 from ds_lightning.lanes import Clock, Lane, make_lanes
-from ds_lightning.noise import NoiseCorrection, corrects_noise
+from ds_lightning.noise import DRIFTS, Drift, NoiseCorrection, corrects_noise
 from ds_lightning.payload import Arrivals, Followed, Payload, in_parts
 from ds_lightning.rows import TouchedRows, is_table
 from ds_lightning.schedule import MOST_PARTS, Group, make_schedule, positive_int
@@ -278,6 +278,9 @@ class DSSynchronizer:
     def _finish(self) -> None:
         """Of what is under way."""
         running, self._running = self._running, []
+        drift = self._correction.drift if self._correction is not None and self._launched and running else None
+        if drift is not None:
+            drift.before()
         largest: dict[int, Arrivals] = {}  # of each part
         for part, average, then in running:
             self._or_explain(average.finish)
@@ -294,6 +297,9 @@ class DSSynchronizer:
         if self._launched:
             looked = self.groups.look is not None and self.groups.look[0] == self.round
             self._based, self._average = self._followed(), None if looked else self.round
+            if drift is not None and not looked:
+                drift.after(max(len(self.groups.at(self.round, part)[0]) for part, _, _ in running))
+                self._look_for_drift(drift)
         self._launched = False
 
     # ---- noise correction -------------------------------------------------------------------------------------------
@@ -313,6 +319,28 @@ class DSSynchronizer:
             return 0.0, 0.0
         noise, signal = self._correction.noise_and_signal()
         return float(noise), float(signal)
+
+    @property
+    def drift(self) -> float | None:
+        """Of what parts this rank from its groups, the share that goes on in one direction; None if not known.
+
+        Near 0 where ranks draw from the same samples, see :class:`~ds_lightning.noise.Drift`.
+        """
+        known = None if self._correction is None else self._correction.drift
+        return None if known is None else known.share
+
+    def _look_for_drift(self, drift: Drift) -> None:
+        if self.average_optimizer_state or not drift.news:
+            return
+        share = drift.share
+        if share is not None and share > DRIFTS and "drift" not in self._warned:
+            self._warned.add("drift")
+            second = "exp_avg_sq" if "betas" in self.optimizer.param_groups[0] else "square_avg"
+            self._warn_once(
+                f"noise_correction: {share:.0%} of what parts rank 0 from its groups goes on in one direction, as where"
+                " ranks have samples of their own and not as noise. The correction alone may lose accuracy there. HINT:"
+                f" use average_optimizer_state=({second!r},), best with overlap=False, or noise_correction=False."
+            )
 
     def before_update(self) -> None:
         """The optimizer's step begins. In the paper's order nobody knows the base after a consensus point."""
@@ -344,6 +372,8 @@ class DSSynchronizer:
         self._sent_since_consensus.update(averaged)
         row_wise = {m.weight for m in self.module.modules() if is_table(m)}
         dense = by_dtype(p for p in averaged if p not in row_wise)
+        if self._correction is not None:
+            self._correction.watch([*chain.from_iterable(same for _, same in dense)])
         self._values = []
         for i, (dtype, same) in enumerate(dense, 1):
             for part, values in enumerate(in_parts(same, self.groups.parts)):

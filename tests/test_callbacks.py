@@ -4,6 +4,7 @@ import csv
 import math
 import time
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -302,13 +303,16 @@ def test_a_plan_that_adapts_is_logged():
 
 
 class KnownNoise(Model):
-    """The gradient of a sample is the sample: a common part of 0.3 and noise of 1 in each of 2,000 values."""
+    """The gradient of a sample is the sample: a common part of 0.3 and noise of 1 in each of 2,000 values.
 
-    def __init__(self, optimizer=torch.optim.Adam):
+    And what a rank's own samples have in common, if they have.
+    """
+
+    def __init__(self, optimizer=torch.optim.Adam, own=0.0):
         super().__init__()
         self.a = nn.Linear(2000, 1, bias=False)
         self.b.requires_grad_(False)
-        self.optimizer = optimizer
+        self.optimizer, self.own = optimizer, own
 
     def training_step(self, batch, batch_idx):
         return self.a(batch[0]).mean()
@@ -318,12 +322,11 @@ class KnownNoise(Model):
 
     def train_dataloader(self):
         generator = torch.Generator().manual_seed(self.global_rank)
-        return DataLoader(TensorDataset(0.3 + torch.randn(960, 2000, generator=generator)), batch_size=4)
+        own = 0.3 + self.own * torch.randn(2000, generator=generator)
+        return DataLoader(TensorDataset(own + torch.randn(960, 2000, generator=generator)), batch_size=4)
 
 
-def scales(model, options, **settings):
-    key = "dssync/gradient_noise_scale"
-
+def logged(model, options, key="dssync/gradient_noise_scale", **settings):
     def run(rank):
         ran = fit(model(), 4, ConsensusMonitor(30), {"noise_correction": "auto", **options}, max_steps=120, **settings)
         return {step: row[key] for step, row in ran.logger.rows.items() if key in row}
@@ -336,7 +339,7 @@ def scales(model, options, **settings):
 @pytest.mark.parametrize("options", [{}, {"overlap": False, "sync_every": 2}], ids=repr)
 @pytest.mark.parametrize("accumulated", [1, 2])
 def test_the_gradient_noise_scale_is_the_data_s(options, accumulated):
-    found = scales(KnownNoise, options, accumulate_grad_batches=accumulated)
+    found = logged(KnownNoise, options, accumulate_grad_batches=accumulated)
     assert list(found) == [30, 60, 90, 120]
     direct = 1 / 0.3**2  # trace of the covariance by the square of the mean
     assert [found[step] for step in (90, 120)] == pytest.approx([direct] * 2, rel=0.25)
@@ -344,4 +347,14 @@ def test_the_gradient_noise_scale_is_the_data_s(options, accumulated):
 
 @pytest.mark.parametrize("options", [{"noise_correction": False}, {"wire_dtype": "int8"}, {"average_gradients": True}])
 def test_without_noise_correction_there_is_no_noise_scale(options):
-    assert scales(KnownNoise, options) == scales(lambda: KnownNoise(torch.optim.SGD), {}) == {}
+    assert logged(KnownNoise, options) == logged(lambda: KnownNoise(torch.optim.SGD), {}) == {}
+    assert logged(KnownNoise, options, "dssync/drift") == {}
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_samples_of_their_own_are_told_from_others(overlap):
+    options = {"overlap": overlap, "average_optimizer_state": ["exp_avg_sq"]}
+    iid, own = (logged(partial(KnownNoise, own=own), options, "dssync/drift") for own in (0.0, 1.0))
+    assert [*iid] == [*own] == [120]
+    assert all(share < 0.1 for share in iid.values())
+    assert all(share > 0.2 for share in own.values())

@@ -3,6 +3,8 @@
 import csv
 import gc
 import math
+import re
+import warnings
 from functools import partial
 
 import numpy as np
@@ -18,7 +20,9 @@ from ds_lightning.cost import rounds
 from ds_lightning.groups import ScheduledGroups
 from ds_lightning.lanes import Lane
 from ds_lightning.noise import (
+    DRIFTS,
     RAMP,
+    Drift,
     NoiseShare,
     attenuation,
     check_noise_correction,
@@ -176,6 +180,50 @@ def test_values_that_moved_far_are_stretched_less(dtype, one_by_one):
 
 
 # ---- where it is used ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("g", [2, 4, 8])
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_drift_is_what_goes_on_in_one_direction(share, g):
+    """Of a worker among strangers: its own drift goes on, and momentum lets noise go on for a while."""
+    generator = torch.Generator().manual_seed(1)
+    flats = [torch.zeros(n) for n in (3, *[1000] * 10)]
+    total = sum(flat.numel() for flat in flats)
+    own, noise = torch.randn(2, total, generator=generator)
+    drift = Drift(flats, 0.9, 1)
+    seen, news = [], []
+    for t in range(16 * 8):
+        noise = 0.9 * noise + 0.19**0.5 * torch.randn(total, generator=generator)
+        mine = share**0.5 * own + (1 - share) ** 0.5 * noise
+        others = (g - 1) ** 0.5 * torch.randn(total, generator=generator)
+        moved = ((1 - g) * mine + others) / g
+        if t == 60:
+            moved[:] = math.nan
+        drift.before()
+        kept = [flat.clone() for flat in flats]
+        for flat, part in zip(flats, moved.split([flat.numel() for flat in flats]), strict=True):
+            flat += part
+        drift.after(g)
+        if t == 60:
+            for flat, before in zip(flats, kept, strict=True):
+                flat.copy_(before)
+        seen.append(drift.share)
+        news.append(drift.news)
+    assert seen[: 16 * 6 - 1] == [None] * (16 * 6 - 1)
+    assert seen[16 * 6 :] == pytest.approx([share] * len(seen[16 * 6 :]), abs=0.1)
+    assert [t for t, new in enumerate(news) if new] == [*range(0, 16 * 8, 16)]
+
+
+@pytest.mark.parametrize(("momentum", "every", "rounds"), [(0.0, 1, 16), (0.9, 4, 16), (0.99, 1, 160), (0.99, 5, 32)])
+def test_drift_is_told_by_blocks_as_long_as_momentum_remembers(momentum, every, rounds):
+    flat = torch.zeros(5)
+    drift = Drift([flat], momentum, every)
+    for t in range(6 * rounds):
+        assert drift.share is None, t
+        drift.before()
+        flat += 1
+        drift.after(2)
+    assert drift.share == 1
 
 
 class Foreign(torch.optim.Optimizer):
@@ -351,6 +399,55 @@ def test_corrected_updates_equal_the_reference(schedule, every, overlap):
         for rank, seen in enumerate(ranks):
             assert relative_error(seen[t], reference.flat(rank)) < 1e-5, (t, rank)
     assert max(max(noise.factors) for noise in reference.noise) > 1.2
+
+
+def drifting(rank, pull, overlap, **options):
+    """What warned, and drift before and after a consensus point, of ranks that pull in directions of their own."""
+    model = make_tensors()
+    optimizer = torch.optim.RMSprop(model.parameters(), 1e-3)
+    sync = DSSynchronizer(model, optimizer, ScheduledGroups(GridSchedule(4, 2)), **options)
+    own = torch.randn(40, 50, generator=torch.Generator().manual_seed(rank))
+    known = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for t in range(140):
+            if overlap:
+                sync.start()
+            for p, grad in zip(model, gradients(rank, t), strict=True):
+                p.grad = grad + pull * own
+            if overlap:
+                sync.finish()
+            optimizer.step()
+            if not overlap:
+                sync.synchronize()
+            if t == 119:
+                known.append(sync.drift)
+                sync.consensus()
+                known.append(sync.drift)
+    return [str(w.message) for w in caught if "noise_correction" in str(w.message)], known
+
+
+@pytest.mark.parametrize("overlap", [True, False], ids=["overlap", "paper"])
+def test_ranks_with_samples_of_their_own_are_warned_of(overlap):
+    said, known = zip(*run_ranks(partial(drifting, noise_correction=True), 4, 1.0, overlap), strict=True)
+    assert [len(messages) for messages in said] == [1, 0, 0, 0]
+    (message,) = said[0]
+    assert re.match(r"noise_correction: \d+% of what parts rank 0 .* HINT: use .*\('square_avg',\)", message)
+    assert all(own > DRIFTS for own, _ in known)
+    means = {mean for _, mean in known}
+    assert len(means) == 1
+    assert min(own for own, _ in known) < means.pop() < max(own for own, _ in known)
+
+
+@pytest.mark.parametrize("overlap", [True, False], ids=["overlap", "paper"])
+def test_nobody_is_warned_where_nothing_is_wrong(overlap):
+    alike = run_ranks(partial(drifting, noise_correction=True), 4, 0.0, overlap)
+    assert all(not said and own < 0.1 and mean < 0.1 for said, (own, mean) in alike)
+    averaged = run_ranks(
+        partial(drifting, noise_correction=True, average_optimizer_state=["square_avg"]), 4, 1.0, overlap
+    )
+    assert all(not said and own > DRIFTS for said, (own, _) in averaged)
+    assert run_ranks(drifting, 4, 1.0, overlap) == [([], [None, None])] * 4
 
 
 @pytest.mark.parametrize("overlap", [True, False], ids=["overlap", "paper"])
