@@ -321,7 +321,8 @@ class DSSyncStrategy(DDPStrategy):
             if self.noise_correction == "auto" and corrected and not any(corrected):
                 rank_zero_warn(
                     "dssync: noise_correction='auto' has no effect: it takes an adaptive optimizer of torch's, a wire"
-                    " of 32 bits, and gradients that are not averaged."
+                    " of 32 bits, and gradients that are not averaged. HINT: use noise_correction=False; True also"
+                    " corrects at other wires and with optimizers of others."
                 )
         tables = [m.weight for m in trainer.lightning_module.modules() if is_table(m)]
         if self.average_gradients and self._groups is not None and any(table.requires_grad for table in tables):

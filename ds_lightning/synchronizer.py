@@ -330,16 +330,15 @@ class DSSynchronizer:
         return None if known is None else known.share
 
     def _look_for_drift(self, drift: Drift) -> None:
-        if self.average_optimizer_state or not drift.news:
+        if self.average_optimizer_state or "drift" in self._warned or not drift.news:
             return
-        share = drift.share
-        if share is not None and share > DRIFTS and "drift" not in self._warned:
+        if (share := drift.share or 0.0) > DRIFTS:
             self._warned.add("drift")
             second = "exp_avg_sq" if "betas" in self.optimizer.param_groups[0] else "square_avg"
             self._warn_once(
-                f"noise_correction: {share:.0%} of what parts rank 0 from its groups goes on in one direction, as where"
-                " ranks have samples of their own and not as noise. The correction alone may lose accuracy there. HINT:"
-                f" use average_optimizer_state=({second!r},), best with overlap=False, or noise_correction=False."
+                f"noise_correction: ranks seem to have samples of their own, {share:.0%} of what parts rank 0 from its"
+                " groups goes on in one direction, as noise does not. The correction alone may lose accuracy there."
+                f" HINT: use average_optimizer_state=({second!r},), best with overlap=False, or noise_correction=False."
             )
 
     def before_update(self) -> None:
