@@ -277,8 +277,8 @@ class Drift:
 class NoiseCorrection:
     """Makes the updates of one optimizer as long as BSP's: what the synchronizer asks, round by round.
 
-    It takes a few numbers for each tensor, and one more copy of the parameters where averages do not keep one
-    (:class:`~ds_lightning.payload.Payload`).
+    It takes a few numbers for each tensor, some copies of 2,048 values (:class:`Drift`), and one more copy of the
+    parameters where averages do not keep one (:class:`~ds_lightning.payload.Payload`).
 
     Args:
         optimizer: Whose updates are corrected. Its momentum is its first beta, or RMSprop's momentum.
