@@ -336,8 +336,8 @@ class DSSynchronizer:
             self._warned.add("drift")
             second = "exp_avg_sq" if "betas" in self.optimizer.param_groups[0] else "square_avg"
             self._warn_once(
-                f"noise_correction: ranks seem to have samples of their own, {share:.0%} of what parts rank 0 from its"
-                " groups goes on in one direction, as noise does not. The correction alone may lose accuracy there."
+                f"noise_correction: ranks seem to have samples of their own ({share:.0%} of what parts rank 0 from its"
+                " groups goes on in one direction, as noise does not). The correction alone may lose accuracy there."
                 f" HINT: use average_optimizer_state=({second!r},), best with overlap=False, or noise_correction=False."
             )
 

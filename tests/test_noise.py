@@ -432,7 +432,7 @@ def test_ranks_with_samples_of_their_own_are_warned_of(overlap):
     said, known = zip(*run_ranks(partial(drifting, noise_correction=True), 4, 1.0, overlap), strict=True)
     assert [len(messages) for messages in said] == [1, 0, 0, 0]
     (message,) = said[0]
-    assert re.match(r"noise_correction: .* \d+% of what parts rank 0 .* HINT: use .*\('square_avg',\)", message)
+    assert re.match(r"noise_correction: .* \(\d+% of what parts rank 0 .* HINT: use .*\('square_avg',\)", message)
     assert all(own > DRIFTS for own, _ in known)
     means = {mean for _, mean in known}
     assert len(means) == 1
