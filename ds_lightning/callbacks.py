@@ -97,7 +97,7 @@ class ConsensusMonitor(Callback):
         seen, self._seen = self._seen, strategy.statistics
         distance, norm = consensus_distance(pl_module)
         noise, signal = self._noise_and_signal(strategy)
-        drifts = [s.drift for s in strategy.synchronizers if s.drift is not None]
+        drifts = [share for s in strategy.synchronizers if (share := s.drift) is not None]
         sums = torch.tensor(
             [
                 self._seen.seconds_waiting - seen.seconds_waiting,

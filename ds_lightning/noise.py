@@ -50,6 +50,7 @@ from ds_lightning.consensus import average_exactly
 from ds_lightning.cost import Floats, Round, rounds
 from ds_lightning.groups import ScheduledGroups
 from ds_lightning.payload import Payload, Stretches, in_memory_order
+from ds_lightning.wire import flatten
 
 # Of the mean of the latest rounds, the share that the next one leaves.
 _KEPT = 0.9
@@ -223,7 +224,7 @@ class Drift:
         largest = sorted(flats, key=Tensor.numel, reverse=True)[:_WATCHED_TENSORS]
         self._watched = [flat[:: max(1, -(-flat.numel() // _WATCHED_VALUES))] for flat in largest]
         self._length = max(_BLOCK, round(_MEMORIES / (1 - min(momentum, _LARGEST_MOMENTUM)) / every))
-        self._before = self._values()
+        self._before = flatten(self._watched)
         self._sum, self._square = torch.zeros_like(self._before), self._before.new_zeros(())
         self._means: deque[Tensor] = deque(maxlen=3)  # of the latest blocks
         self._earlier = torch.zeros_like(self._before)  # mean of those before the latest two
@@ -234,12 +235,12 @@ class Drift:
     @torch.no_grad()
     def before(self) -> None:
         """An average is about to be applied."""
-        self._before = self._values()
+        self._before = flatten(self._watched)
 
     @torch.no_grad()
     def after(self, size: int) -> None:
         """It has been, in a group of that size."""
-        moved = self._values() - self._before
+        moved = flatten(self._watched) - self._before
         self._sum += moved
         self._square += moved.square().sum() * (1 - 1 / size)
         self._rounds += 1
@@ -269,9 +270,6 @@ class Drift:
         """From 0 to 1; None if it is not known."""
         along, all_ = self._on_host.tolist() if self._rounds >= _BLOCKS * self._length else (0.0, 0.0)
         return min(max(along / all_, 0.0), 1.0) if all_ > 0 else None
-
-    def _values(self) -> Tensor:
-        return torch.cat([values.to(torch.promote_types(values.dtype, torch.float32)) for values in self._watched])
 
 
 class NoiseCorrection:

@@ -179,9 +179,6 @@ def test_values_that_moved_far_are_stretched_less(dtype, one_by_one):
     assert expected[-1] == moved[-1]
 
 
-# ---- where it is used ------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("g", [2, 4, 8])
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_drift_is_what_goes_on_in_one_direction(share, g):
@@ -224,6 +221,9 @@ def test_drift_is_told_by_blocks_as_long_as_momentum_remembers(momentum, every, 
         flat += 1
         drift.after(2)
     assert drift.share == 1
+
+
+# ---- where it is used ------------------------------------------------------------------------------------------------
 
 
 class Foreign(torch.optim.Optimizer):
