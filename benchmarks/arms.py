@@ -164,19 +164,18 @@ def conv_net() -> nn.Module:
 
 
 class Module(LightningModule):
-    """Trains a network on one synthetic batch, by SGD or Adam."""
+    """Trains a network on one synthetic batch, each rank on another, by SGD or Adam."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, rank: int = 0) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.optimizer = job.optimizer
-        self.net: nn.Module
-        if job.model == "conv":
-            self.net = conv_net()
-            self.batch = (torch.randn(16, 3, 16, 16), torch.randint(10, (16,)))
+        self.net: nn.Module = conv_net() if job.model == "conv" else PacedNet(job.parameters_mb, job.compute)
+        torch.manual_seed(rank)  # replicas that are equal would leave a noise correction nothing to do
+        if isinstance(self.net, PacedNet):
+            self.batch = (torch.randn(4, self.net.width), torch.randint(self.net.width, (4,)))
         else:
-            self.net = paced = PacedNet(job.parameters_mb, job.compute)
-            self.batch = (torch.randn(4, paced.width), torch.randint(paced.width, (4,)))
+            self.batch = (torch.randn(16, 3, 16, 16), torch.randint(10, (16,)))
 
     @property
     def parameter_bytes(self) -> int:
@@ -387,7 +386,7 @@ def measure(rank: int, job: Job, world_size: int, timeout: float) -> Measurement
     """Runs one `Trainer.fit`, as the rank that the environment says, and measures its later steps."""
     prepare(job.arm)
     before = memory("RssAnon")
-    module = Module(job)
+    module = Module(job, rank)
     meter = Meter(job, trace=job.trace is not None and rank < 2)
     trainer = Trainer(
         accelerator="cpu",

@@ -27,7 +27,7 @@ from torch.optim import SGD, Adam, Optimizer
 
 from ds_lightning.cost import rounds
 from ds_lightning.digits import Data, mlp
-from ds_lightning.noise import OWN, NoiseShare, attenuation, check_noise_correction, deviations, full_step
+from ds_lightning.noise import NoiseShare, attenuation, check_noise_correction, deviations, full_step
 from ds_lightning.options import check_bool
 from ds_lightning.schedule import (
     GridSchedule,
@@ -310,10 +310,10 @@ class _Correction:
     def correct(self, x: Tensor, base: Tensor, updates: int) -> None:
         """Stretch a round's updates, after so many in all."""
         e, update = self._e, x - base
-        step, own = full_step(_MOMENTUM, e.sync_every) * e.lr, 0.0 if e.average_optimizer_state else OWN
+        step = math.inf if e.average_optimizer_state else full_step(_MOMENTUM, e.sync_every) * e.lr
         for u, factor in zip(update.split(self._sizes, 1), self._factors.split(1, 1), strict=True):
-            ratio = (1 + factor) ** -2
-            u /= (ratio + own * ((u / step) ** 2 - ratio).clamp_(min=0)).clamp_(max=1).sqrt_()
+            limit = step / (1 + factor)
+            u += factor * u.clamp(-limit, limit)
         x.copy_(base + update)
         if self._average is not None:
             round_, difference = self._average

@@ -22,12 +22,14 @@ and ``update / sqrt(R)`` has BSP's length. The share follows from two norms that
 3. *Share of the gradient.* Momentum averages noise and keeps what is common, by which the update's share is smaller
    than the gradient's: in the gradient, noise to the rest is :func:`attenuation` times as large.
 
-R is a mean over values that differ. BSP's second moment of a value is at least the square of its mean, and the update
-tells how near a worker's own is to that: ``|u|`` is a full step (the learning rate) where gradients agree, ``m^2 = v``,
-and a fraction of it where they are noise. With the full step as the unit, a value is divided by the root of
-``R + max(u^2 - R, 0) / 4``; a quarter, since one u^2 is mostly chance. What nearly took a full step would part replicas
-most, and so they stay nearer to each other. With averaged second moments m^2 / v says nothing of a worker's own, and R
-is all.
+R is a mean over values that differ. The update tells of each how near its worker's second moment is to BSP's: ``|u|``
+is a full step (the learning rate) where gradients agree, ``m^2 = v``, and a fraction of it where they are noise. So
+only the first ``sqrt(R)`` of a value is stretched, to a full step, and what is more of it stays as it is::
+
+    u + (1 / sqrt(R) - 1) clamp(u, -sqrt(R), sqrt(R))        in full steps
+
+What nearly took a full step would part replicas most; so they stay nearer to each other. With averaged second moments
+``m^2 / v`` says nothing of a worker's own, and it is ``u / sqrt(R)`` for all values.
 
 The gradient noise scale (McCandlish et al. 2018, arXiv 1812.06162), in samples, is the batch of a worker times n / s.
 
@@ -59,14 +61,10 @@ _EXACT_RANKS, _EXACT_VALUES = 256, 1 << 22
 # torch's optimizers that "auto" corrects, and those that must not be.
 _ADAPTIVE = (Adam, AdamW, NAdam, RAdam, RMSprop)
 _OTHERS = (SGD, ASGD, Adadelta, Adamax, LBFGS, Rprop)
-# Of what a value's own update says about its second moment, the share that counts.
-OWN = 0.25
 # Above this share of drift, workers seem to have shards of their own: of iid ones it was at most 0.15.
 DRIFTS = 0.2
 # Updates over which the correction grows to its full size: the first ones are unlike those that follow.
 RAMP = 50
-# The square of its inverse is a number in fp32.
-_SMALLEST_STEP = 1e-15
 # Updates after which the beginning does not count.
 _LATE = 10_000
 # Above, momentum forgets too slowly to follow, and nobody uses it.
@@ -287,7 +285,7 @@ class NoiseCorrection:
 
     def __init__(self, optimizer: Optimizer, groups: ScheduledGroups, every: int, own_moments: bool) -> None:
         self._optimizer, self._groups, self._every = optimizer, groups, every
-        self._own = OWN if own_moments else 0.0
+        self._own_moments = own_moments
         self._parameters: list[Tensor] = []
         self._share = NoiseShare((0,))
         self._kappas: dict[float, list[float]] = {}  # of this rank by round of a period, by momentum
@@ -354,11 +352,10 @@ class NoiseCorrection:
         """
         groups = self._optimizer.param_groups
         factors, device = self._on_host.tolist(), self._factors.device
-        least = [(1 + factor) ** -2 for factor in factors]
+        steps = self._of_parameters([self._step(group) for group in groups])
         stretches = Stretches(
-            least=least,
-            offsets=[(1 - self._own) * ratio for ratio in least],
-            scales=self._of_parameters([self._scale(group) for group in groups]),
+            factors=factors,
+            limits=[step / (1 + factor) for step, factor in zip(steps, factors, strict=True)],
             kept=self._of_parameters([_kept(self._optimizer, group, self._every) for group in groups]),
         )
         deviation, update = torch.zeros_like(self._factors), torch.zeros_like(self._factors)
@@ -400,9 +397,10 @@ class NoiseCorrection:
             return each[0]
         return torch.tensor(self._of_parameters(each), device=self._share.squares.device)
 
-    def _scale(self, group: dict[str, Any]) -> float:
-        step = full_step(_momentum(group), self._every) * float(group.get("lr", 0.0))
-        return self._own**0.5 / step if step > _SMALLEST_STEP else 0.0
+    def _step(self, group: dict[str, Any]) -> float:
+        """A full one; infinite where nobody knows."""
+        known = self._own_moments and "lr" in group
+        return full_step(_momentum(group), self._every) * float(group["lr"]) if known else math.inf
 
     def _of_parameters(self, values: list[float]) -> list[float]:
         """What is one for each of the optimizer's groups, for each parameter."""

@@ -37,25 +37,26 @@ from ds_lightning.wire import Code, codec_for
 # Values per bucket: about an eighth of all, so that one is packed while the one before it travels. Fewer would be
 # mostly latency, and more would only delay the first byte.
 _BUCKETS, _SMALLEST_BUCKET, _LARGEST_BUCKET = 8, 1 << 16, 1 << 22
-# Values rounded at a time: what stays in a processor's cache; a GPU prefers few large kernels.
-_TILE_ON_CPU, _TILE_ON_GPU = 1 << 15, 1 << 22
+# Values rounded at a time: what stays in a processor's cache; a GPU prefers few large kernels. Where none is rounded
+# there are fewer passes, and calls cost more than a larger cache.
+_TILE_ON_CPU, _EXACT_TILE_ON_CPU, _TILE_ON_GPU = 1 << 15, 1 << 18, 1 << 22
+# On a CPU, of a piece of a tensor in a tile, so many values tell how far all of it moved.
+_TOLD = 1 << 14
 # Buckets of which the second stage may be under way: each needs room for its rounded mean.
 _AHEAD = 2
 
 
 class Stretches(NamedTuple):
-    """How much longer changes get, by number: a value ``u`` of them becomes ``u / sqrt(offset + (scale u)^2)``.
+    """How much longer changes get, by number: a value ``u`` of them by ``factor * clamp(u, -limit, limit)``.
 
     Attributes:
-        least: What is below the root is at least this and at most 1; where this is 1, changes stay as they are.
-        offsets: See above.
-        scales: See above; 0: all values become longer alike.
+        factors: See above; where this is 0, changes stay as they are.
+        limits: See above.
         kept: The share of the base that is still there; what else was taken away stays as it is.
     """
 
-    least: Sequence[float]
-    offsets: Sequence[float]
-    scales: Sequence[float]
+    factors: Sequence[float]
+    limits: Sequence[float]
     kept: Sequence[float]
 
 
@@ -76,7 +77,7 @@ class Followed:
     def __init__(self, numbers: Sequence[int], count: int, device: torch.device) -> None:
         self.numbers = [*numbers, count]  # padding comes after the tensors
         self.squares, self.updates = torch.zeros(2, count + 1, device=device).unbind()
-        self.of_averages, self.of_updates = self.squares.unbind(), self.updates.unbind()
+        self.of_averages = self.squares.unbind()
 
 
 class Payload:
@@ -86,8 +87,8 @@ class Payload:
     between, the tensors may be read and written.
 
     The buffers take, as multiples of the tensors' bytes in fp32: 2 at an fp32 wire, 1 at bf16 and fp16, 0.53 (pairs) to
-    0.65 (groups of 4) at int8; besides, two tiles of 128 KiB (on a GPU 16 MiB). Following changes takes 1 more, at an
-    fp32 wire 1 / g in groups of g > 2 and nothing in pairs.
+    0.65 (groups of 4) at int8; besides, two tiles of 1 MiB (at other wires 128 KiB, on a GPU 16 MiB). Following
+    changes takes 1 more, at an fp32 wire 1 / g in groups of g > 2 and nothing in pairs.
 
     Args:
         tensors: Strided real floating tensors of one dtype that do not overlap; of the same shapes and strides on all
@@ -208,8 +209,8 @@ class Payload:
             torch._foreach_copy_(self._stand_ins, self._gappy)
         assert self._follow is not None
         self._follow.squares.zero_()
-        for bucket in self._current.buckets:
-            bucket.note_base()
+        for base in self._current.bases:
+            base.note()
 
     @torch.no_grad()
     def stretch(self, stretches: Stretches) -> Tensor:
@@ -222,16 +223,15 @@ class Payload:
         assert self._follow is not None
         if self._gappy:
             torch._foreach_copy_(self._stand_ins, self._gappy)
-        self._follow.updates.zero_()
-        padded = Stretches(*([*values, rest] for values, rest in zip(stretches, (1.0, 1.0, 0.0, 1.0), strict=True)))
-        offset_tensors = torch.tensor(padded.offsets).unbind()
+        padded = Stretches(*([*values, rest] for values, rest in zip(stretches, (0.0, 0.0, 1.0), strict=True)))
+        squares: list[Tensor] = []
         with record_function("dssync: correct noise"):
-            for bucket in self._current.buckets:
-                for tile in bucket.tiles:
-                    assert tile.base is not None
-                    tile.base.stretch(padded, offset_tensors)
+            # The last values are what the optimizer had in the cache, and the first ones are packed next.
+            for base in reversed(self._current.bases):
+                squares += base.stretch(padded)
         if self._gappy:
             torch._foreach_copy_(self._gappy, self._stand_ins)
+        self._follow.updates.zero_().index_add_(0, self._current.numbers, torch.stack(squares).float())
         return self._follow.updates[:-1]
 
     def _make_route(self, members: Group, group: dist.ProcessGroup) -> _Route:
@@ -422,12 +422,13 @@ class _Layout:
         own_rows, received_rows = (_Cutter([room.raw(name, others * sum(row_bytes))]) for name in ("own", "received"))
         kept = _Cutter([room.values("kept", sum(lengths) // shards if shards > 1 else 0)])
         rounded = [room.raw(f"rounded {i}", max(row_bytes) if shards > 1 else 0) for i in range(_AHEAD)]
-        tile = min(_TILE_ON_CPU if room.device.type == "cpu" else _TILE_ON_GPU, bucket // shards)
+        # What is sent in full precision is the base's place.
+        exact = codec.direct and codec.dtype == room.dtype and room.home == room.device
+        on_cpu = _EXACT_TILE_ON_CPU if exact else _TILE_ON_CPU
+        tile = min(on_cpu if room.device.type == "cpu" else _TILE_ON_GPU, bucket // shards)
         scratch = [room.values(f"scratch {i}", tile) for i in range(2)]
         # The lane averages shards while the caller packs and applies: it has scratch of its own.
         lanes_scratch = [room.values(f"lane's scratch {i}", tile if shards > 1 else 0) for i in range(2)]
-        # What is sent in full precision is the base's place.
-        exact = codec.direct and codec.dtype == room.dtype and room.home == room.device
         not_sent = sum(lengths) // shards if shards > 1 else 0
         bases = _Cutter([room.values("base", 0 if follow is None else not_sent if exact else sum(lengths))])
         self.bytes_sent = sum(row_bytes) * (1 if shards == 1 else 2 * others)
@@ -469,6 +470,9 @@ class _Layout:
                         base = _Base(pieces, place, scratch, follow, values.latest)
                     b.tiles.append(_SentTile(pieces, own_code, received_code, codec, scratch, weight, base))
             self.buckets.append(b)
+        if follow is not None:
+            self.bases = [tile.base for b in self.buckets for tile in b.tiles if tile.base is not None]
+            self.numbers = torch.cat([base.index for base in reversed(self.bases)])
 
 
 @dataclass
@@ -484,11 +488,6 @@ class _Bucket:
     def pack(self) -> None:
         for tile in self.tiles:
             tile.pack()
-
-    def note_base(self) -> None:
-        for tile in self.tiles:
-            assert tile.base is not None
-            tile.base.note()
 
     def average_own_shard(self) -> None:
         for tile in self.shard:
@@ -511,11 +510,15 @@ class _Base:
     ) -> None:
         n = sum(piece.numel() for piece in pieces)
         self._pieces, self._place, self._scratch, self._follow = pieces, place, scratch[0][:n], follow
-        self._views, self._changes, self._factors = (_like(of, pieces) for of in (place, self._scratch, scratch[1][:n]))
+        self._views, self._changes, self._capped = (_like(of, pieces) for of in (place, self._scratch, scratch[1][:n]))
         self._numbers = [follow.numbers[i] for i in cut_from]
-        self._index = torch.tensor(self._numbers, device=follow.squares.device)
+        self.index = torch.tensor(self._numbers, device=follow.squares.device)
+        on_cpu = follow.squares.device.type == "cpu"
         # Kernels for many tensors save launches on a GPU, and cost passes elsewhere.
-        self._one_by_one = len(pieces) == 1 or follow.squares.device.type == "cpu"
+        self._one_by_one = len(pieces) == 1 or on_cpu
+        self._tell = slice(_TOLD) if on_cpu else slice(None)
+        of_pieces = zip(self._pieces, self._views, self._changes, strict=True)
+        self._told = [tuple(values[self._tell] for values in of_piece) for of_piece in of_pieces]
 
     def is_in(self, code: Code) -> bool:
         """Whether it has its place there."""
@@ -529,46 +532,43 @@ class _Base:
         self._place.add_(difference, alpha=weight)
         if self._one_by_one:
             for number, part in zip(self._numbers, parts, strict=True):
+                part = part[self._tell]
                 self._follow.of_averages[number].add_(torch.dot(part, part), alpha=weight**2)
         else:
-            self._follow.squares.index_add_(0, self._index, _squares(parts), alpha=weight**2)
+            self._follow.squares.index_add_(0, self.index, torch.stack(_squares(parts)).float(), alpha=weight**2)
 
-    def stretch(self, by: Stretches, offset_tensors: Sequence[Tensor]) -> None:
+    def stretch(self, by: Stretches) -> list[Tensor]:
+        """Returns the squares of each piece's changes, now longer."""
         if self._one_by_one:
-            for number, piece, base, change, factor in zip(
-                self._numbers, self._pieces, self._views, self._changes, self._factors, strict=True
+            squares = []
+            for number, piece, base, change, told in zip(
+                self._numbers, self._pieces, self._views, self._changes, self._told, strict=True
             ):
-                kept, scale = by.kept[number], by.scales[number]
+                factor, limit, kept = by.factors[number], by.limits[number], by.kept[number]
+                if factor > 0:
+                    torch.add(piece, base, alpha=-kept, out=change)
+                    piece.add_(change.clamp_(-limit, limit), alpha=factor)
+                piece, base, change = told
                 torch.add(piece, base, alpha=-kept, out=change)
-                if by.least[number] < 1:
-                    scaled, square = change, scale**2
-                    if change.dtype == torch.float16:  # has no number as small as the square of an update
-                        scaled, square = torch.mul(change, scale, out=factor), 1.0
-                    torch.addcmul(offset_tensors[number], scaled, scaled, value=square, out=factor)
-                    change.mul_(factor.clamp_(by.least[number], 1.0).rsqrt_())
-                    torch.add(change, base, alpha=kept, out=piece)
-                self._follow.of_updates[number].add_(torch.dot(change, change))
-            return
-        least, offsets, scales, kept_ = ([values[i] for i in self._numbers] for values in by)
+                squares.append(torch.dot(change, change))
+            return squares
+        factors, limits, of_bases = ([values[i] for i in self._numbers] for values in by)
         self._scratch.copy_(self._place)
-        torch._foreach_mul_(self._changes, [-share for share in kept_])
+        torch._foreach_mul_(self._changes, [-kept for kept in of_bases])
         torch._foreach_add_(self._changes, self._pieces)
-        torch._foreach_copy_(self._factors, self._changes)
-        torch._foreach_mul_(self._factors, scales)
-        torch._foreach_mul_(self._factors, self._factors)
-        torch._foreach_add_(self._factors, offsets)
-        torch._foreach_clamp_min_(self._factors, least)
-        torch._foreach_clamp_max_(self._factors, 1.0)
-        torch._foreach_sqrt_(self._factors)
-        torch._foreach_reciprocal_(self._factors)
-        torch._foreach_sub_(self._factors, 1.0)
-        torch._foreach_addcmul_(self._pieces, self._changes, self._factors)
-        torch._foreach_addcmul_(self._changes, self._changes, self._factors)
-        self._follow.updates.index_add_(0, self._index, _squares(self._changes))
+        torch._foreach_copy_(self._capped, self._changes)
+        torch._foreach_clamp_min_(self._capped, [-limit for limit in limits])
+        torch._foreach_clamp_max_(self._capped, limits)
+        torch._foreach_mul_(self._capped, factors)
+        torch._foreach_add_(self._pieces, self._capped)
+        torch._foreach_add_(self._changes, self._capped)
+        return _squares(self._changes)
 
 
-def _squares(parts: list[Tensor]) -> Tensor:
-    return torch.stack(torch._foreach_norm(parts)).float().square_()
+def _squares(parts: list[Tensor]) -> list[Tensor]:
+    norms = list(torch._foreach_norm(parts))
+    torch._foreach_mul_(norms, norms)
+    return norms
 
 
 class _SentTile:

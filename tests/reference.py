@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -176,8 +177,8 @@ class Noise:
         for i, (p, base) in enumerate(zip(self.parameters, self.base, strict=True)):
             update = p.double() - kept * base
             step = k * group["lr"] * max(1, 4 * attenuation(b, k, 10_000) ** -0.5)
-            ratio, own = self.factors[i] ** -2, 0 if r.average_states else 1 / 4
-            update /= (ratio + own * ((update / step).square() - ratio).clamp(min=0)).clamp(max=1).sqrt()
+            within = torch.full_like(update, math.inf if r.average_states else step / self.factors[i])
+            update += (self.factors[i] - 1) * update.sign() * torch.minimum(update.abs(), within)
             p.copy_(kept * base + update)
             if self.moved is not None and self.rounds > settling:
                 part = torch.arange(at, at + p.numel()) * parts // total
