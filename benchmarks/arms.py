@@ -166,7 +166,7 @@ def conv_net() -> nn.Module:
 class Module(LightningModule):
     """Trains a network on one synthetic batch, each rank on another, by SGD or Adam."""
 
-    def __init__(self, job: Job, rank: int = 0) -> None:
+    def __init__(self, job: Job, rank: int) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.optimizer = job.optimizer

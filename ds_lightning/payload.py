@@ -40,8 +40,8 @@ _BUCKETS, _SMALLEST_BUCKET, _LARGEST_BUCKET = 8, 1 << 16, 1 << 22
 # Values rounded at a time: what stays in a processor's cache; a GPU prefers few large kernels. Where none is rounded
 # there are fewer passes, and calls cost more than a larger cache.
 _TILE_ON_CPU, _EXACT_TILE_ON_CPU, _TILE_ON_GPU = 1 << 15, 1 << 18, 1 << 22
-# On a CPU, of a piece of a tensor in a tile, so many values tell how far all of it moved.
-_TOLD = 1 << 14
+# On a CPU, of a piece of a tensor in a tile, so many runs of so many values tell how far all of it moved.
+_RUNS, _RUN = 32, 512
 # Buckets of which the second stage may be under way: each needs room for its rounded mean.
 _AHEAD = 2
 
@@ -513,12 +513,13 @@ class _Base:
         self._views, self._changes, self._capped = (_like(of, pieces) for of in (place, self._scratch, scratch[1][:n]))
         self._numbers = [follow.numbers[i] for i in cut_from]
         self.index = torch.tensor(self._numbers, device=follow.squares.device)
-        on_cpu = follow.squares.device.type == "cpu"
         # Kernels for many tensors save launches on a GPU, and cost passes elsewhere.
-        self._one_by_one = len(pieces) == 1 or on_cpu
-        self._tell = slice(_TOLD) if on_cpu else slice(None)
-        of_pieces = zip(self._pieces, self._views, self._changes, strict=True)
-        self._told = [tuple(values[self._tell] for values in of_piece) for of_piece in of_pieces]
+        self._one_by_one = len(pieces) == 1 or follow.squares.device.type == "cpu"
+        self._told = []
+        for piece, base, change in zip(self._pieces, self._views, self._changes, strict=True):
+            told = _told(piece)
+            flat = change[: told.numel()]
+            self._told.append((told, _told(base), flat.view(told.shape), flat))
 
     def is_in(self, code: Code) -> bool:
         """Whether it has its place there."""
@@ -532,8 +533,8 @@ class _Base:
         self._place.add_(difference, alpha=weight)
         if self._one_by_one:
             for number, part in zip(self._numbers, parts, strict=True):
-                part = part[self._tell]
-                self._follow.of_averages[number].add_(torch.dot(part, part), alpha=weight**2)
+                told = _told(part).reshape(-1)
+                self._follow.of_averages[number].add_(torch.dot(told, told), alpha=weight**2)
         else:
             self._follow.squares.index_add_(0, self.index, torch.stack(_squares(parts)).float(), alpha=weight**2)
 
@@ -548,9 +549,9 @@ class _Base:
                 if factor > 0:
                     torch.add(piece, base, alpha=-kept, out=change)
                     piece.add_(change.clamp_(-limit, limit), alpha=factor)
-                piece, base, change = told
+                piece, base, change, flat = told
                 torch.add(piece, base, alpha=-kept, out=change)
-                squares.append(torch.dot(change, change))
+                squares.append(torch.dot(flat, flat))
             return squares
         factors, limits, of_bases = ([values[i] for i in self._numbers] for values in by)
         self._scratch.copy_(self._place)
@@ -563,6 +564,14 @@ class _Base:
         torch._foreach_add_(self._pieces, self._capped)
         torch._foreach_add_(self._changes, self._capped)
         return _squares(self._changes)
+
+
+def _told(piece: Tensor) -> Tensor:
+    """What of it tells how far all of it moved: on a CPU runs of values, evenly spread; shape (runs, values)."""
+    step = piece.numel() // _RUNS
+    if step <= _RUN or piece.device.type != "cpu":
+        return piece.view(1, -1)
+    return piece[: _RUNS * step].view(_RUNS, step)[:, :_RUN]
 
 
 def _squares(parts: list[Tensor]) -> list[Tensor]:

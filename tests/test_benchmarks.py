@@ -179,6 +179,15 @@ def made_up(case: str, arm: str, repetition: int, seconds: float, others: float 
     return Run(case, arm, repetition, seconds, seconds, seconds, sent, sent, 4e6, 4e6, MB, 0.0, others)
 
 
+@pytest.mark.parametrize("model", ["paced", "conv"])
+def test_ranks_have_one_model_and_batches_of_their_own(model):
+    """Or there were no noise to correct."""
+    job = arms.Job("dssync", model, 0.1, 0.0, 0, 2, "lo")
+    first, second = (arms.Module(job, rank) for rank in range(2))
+    assert all(map(torch.equal, first.parameters(), second.parameters()))
+    assert not torch.equal(first.batch[0], second.batch[0])
+
+
 def test_ratios_are_taken_within_a_repetition():
     # The machine is twice as slow in repetition 1: medians over all runs would compare unlike with unlike.
     runs = [made_up("a", "ddp", i, 2.0 * slow) for i, slow in enumerate((1, 2, 1))]

@@ -180,6 +180,24 @@ def test_values_that_moved_far_are_stretched_less(dtype, one_by_one):
     assert expected[-1] == pytest.approx(moved[-1] + 0.75 * lr)
 
 
+def test_runs_of_a_large_tensor_tell_how_far_all_of_it_moved():
+    """On a CPU, and of what an average adds and of updates the same values."""
+    n = 32 * 1000 + 7
+    told = torch.zeros(n, dtype=torch.bool)
+    for run in range(32):
+        told[1000 * run : 1000 * run + 512] = True
+    follow = Followed([0], 1, torch.device("cpu"))
+    piece, average, update = torch.zeros(n), *torch.randn(2, n, generator=torch.Generator().manual_seed(0))
+    base = _Base([piece], torch.zeros(n), [torch.empty(n) for _ in range(2)], follow, [0])
+    piece += average / 2
+    base.averaged(average, [average], 0.5)
+    piece += update
+    (square,) = base.stretch(Stretches([1.0], [math.inf], [1.0]))
+    assert torch.allclose(piece, average / 2 + 2 * update, atol=1e-5)  # all of it is stretched
+    assert float(square) == pytest.approx(float(4 * update[told].square().sum()), rel=1e-4)
+    assert float(follow.squares[0]) == pytest.approx(float(average[told].square().sum() / 4), rel=1e-4)
+
+
 @pytest.mark.parametrize("g", [2, 4, 8])
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_drift_is_what_goes_on_in_one_direction(share, g):
