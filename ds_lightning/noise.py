@@ -292,6 +292,8 @@ class NoiseCorrection:
         self._settling = 0  # rounds until replicas that were equal are apart as usual
         self._rounds = 0  # since they were
         self.updates = 0  # since the optimizer began
+        self._told: tuple[Tensor, Tensor] | None = None  # by the latest round, if that counts
+        self._learnt = True  # and has been taken in
         self._factors = torch.zeros(0)  # of the next updates, less 1
         self._on_host = _OnHost(self._factors)
         self.drift: Drift | None = None  # once there are parameters that are averaged
@@ -301,6 +303,7 @@ class NoiseCorrection:
         """Take over the optimizer's parameters, and what is known of those that it had before."""
         if [*map(id, parameters)] == [*map(id, self._parameters)]:
             return
+        self._take()
         known = {id(p): i for i, p in enumerate(self._parameters)}
         share = NoiseShare((len(parameters),), parameters[0].device if parameters else None)
         for i, p in enumerate(parameters):
@@ -323,6 +326,7 @@ class NoiseCorrection:
 
     def agreed(self) -> None:
         """All replicas are equal, and so is what ranks know of their noise from here on. Collective."""
+        self.learn()
         updates = torch.tensor([float(self.updates)], dtype=torch.float64)
         drift = self._share.squares.new_zeros(2) if self.drift is None else self.drift.squares
         average_exactly([self._share.squares, updates, drift])
@@ -333,10 +337,12 @@ class NoiseCorrection:
 
     def state_dict(self) -> dict[str, Any]:
         """What the next rounds depend on."""
+        self.learn()
         return {"squares": self._share.squares.cpu().clone(), "rounds": self._rounds, "updates": self.updates}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken, after :meth:`lay_out`; from the start if parameters are others."""
+        self._told, self._learnt = None, True
         if state["squares"].shape == self._share.squares.shape:
             self._share.squares.copy_(state["squares"])
             self._rounds, self.updates = state["rounds"], state["updates"]
@@ -350,6 +356,7 @@ class NoiseCorrection:
             payloads: Of the parameters, with their parts.
             average: Round of the average that made the base; None if none did.
         """
+        self.learn()
         groups = self._optimizer.param_groups
         factors, device = self._on_host.tolist(), self._factors.device
         steps = self._of_parameters([self._step(group) for group in groups])
@@ -366,11 +373,22 @@ class NoiseCorrection:
                 deviation += payload.squares
                 one = kappas[0] if len({*kappas}) == 1 else torch.tensor(self._of_parameters(kappas), device=device)
                 update += squares * one
-        if average is not None:
-            self._rounds += 1
-            if self._rounds > self._settling:
-                self._share.take(deviation, update)
-        self._prepare()
+        self._rounds += average is not None
+        settled = average is not None and self._rounds > self._settling
+        self._told, self._learnt = (deviation, update) if settled else None, False
+
+    @torch.no_grad()
+    def learn(self) -> None:
+        """Take in what the latest round told, at the latest before the next; meanwhile its average may travel."""
+        if not self._learnt:
+            self._take()
+            self._learnt = True
+            self._prepare()
+
+    def _take(self) -> None:
+        if self._told is not None:
+            self._share.take(*self._told)
+            self._told = None
 
     @torch.no_grad()
     def noise_and_signal(self) -> tuple[Tensor, Tensor]:
@@ -378,6 +396,7 @@ class NoiseCorrection:
 
         Of those whose noise is known, in the units of the latest gradients.
         """
+        self.learn()
         share, known = self._share.of_gradients(self._attenuations(self.updates)), self._share.squares[1] > 0
         dense = [None if p.grad is None or p.grad.is_sparse else p.grad for p in self._parameters]
         gradients = [share.new_zeros(()) if grad is None else grad.norm() for grad in dense]

@@ -244,6 +244,8 @@ class DSSynchronizer:
             self._launch(average, part=part)
         self._launched = True
         self._synchronizations += bool(self._running)
+        if self._correction is not None:
+            self._correction.learn()
 
     @torch.no_grad()
     def _launch_others(self) -> None:
