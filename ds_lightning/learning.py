@@ -27,7 +27,7 @@ from torch.optim import SGD, Adam, Optimizer
 
 from ds_lightning.cost import rounds
 from ds_lightning.digits import Data, mlp
-from ds_lightning.noise import NoiseShare, attenuation, check_noise_correction, deviations, full_step
+from ds_lightning.noise import REACH, NoiseShare, attenuation, check_noise_correction, deviations, full_step
 from ds_lightning.options import check_bool
 from ds_lightning.schedule import (
     GridSchedule,
@@ -312,7 +312,7 @@ class _Correction:
         e, update = self._e, x - base
         step = math.inf if e.average_optimizer_state else full_step(_MOMENTUM, e.sync_every) * e.lr
         for u, factor in zip(update.split(self._sizes, 1), self._factors.split(1, 1), strict=True):
-            limit = step / (1 + factor)
+            limit = REACH * step / (1 + factor)
             u += factor * u.clamp(-limit, limit)
         x.copy_(base + update)
         if self._average is not None:

@@ -24,9 +24,9 @@ and ``update / sqrt(R)`` has BSP's length. The share follows from two norms that
 
 R is a mean over values that differ. The update tells of each how near its worker's second moment is to BSP's: ``|u|``
 is a full step (the learning rate) where gradients agree, ``m^2 = v``, and a fraction of it where they are noise. So
-only the first ``sqrt(R)`` of a value is stretched, to a full step, and what is more of it stays as it is::
+only the beginning of a value is stretched, to 1.5 full steps at most, and what is more of it stays as it is::
 
-    u + (1 / sqrt(R) - 1) clamp(u, -sqrt(R), sqrt(R))        in full steps
+    u + (1 / sqrt(R) - 1) clamp(u, -1.5 sqrt(R), 1.5 sqrt(R))        in full steps
 
 What nearly took a full step would part replicas most; so they stay nearer to each other. With averaged second moments
 ``m^2 / v`` says nothing of a worker's own, and it is ``u / sqrt(R)`` for all values.
@@ -61,6 +61,8 @@ _EXACT_RANKS, _EXACT_VALUES = 256, 1 << 22
 # torch's optimizers that "auto" corrects, and those that must not be.
 _ADAPTIVE = (Adam, AdamW, NAdam, RAdam, RMSprop)
 _OTHERS = (SGD, ASGD, Adadelta, Adamax, LBFGS, Rprop)
+# Full steps to which a value is stretched: 2 are BSP's progress at small rates, and at large ones part replicas more.
+REACH = 1.5
 # Above this share of drift, workers seem to have shards of their own: of iid ones it was at most 0.15.
 DRIFTS = 0.2
 # Updates over which the correction grows to its full size: the first ones are unlike those that follow.
@@ -362,7 +364,7 @@ class NoiseCorrection:
         steps = self._of_parameters([self._step(group) for group in groups])
         stretches = Stretches(
             factors=factors,
-            limits=[step / (1 + factor) for step, factor in zip(steps, factors, strict=True)],
+            limits=[REACH * step / (1 + factor) for step, factor in zip(steps, factors, strict=True)],
             kept=self._of_parameters([_kept(self._optimizer, group, self._every) for group in groups]),
         )
         deviation, update = torch.zeros_like(self._factors), torch.zeros_like(self._factors)

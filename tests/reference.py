@@ -177,7 +177,7 @@ class Noise:
         for i, (p, base) in enumerate(zip(self.parameters, self.base, strict=True)):
             update = p.double() - kept * base
             step = k * group["lr"] * max(1, 4 * attenuation(b, k, 10_000) ** -0.5)
-            within = torch.full_like(update, math.inf if r.average_states else step / self.factors[i])
+            within = torch.full_like(update, math.inf if r.average_states else 1.5 * step / self.factors[i])
             update += (self.factors[i] - 1) * update.sign() * torch.minimum(update.abs(), within)
             p.copy_(kept * base + update)
             if self.moved is not None and self.rounds > settling:
