@@ -61,7 +61,7 @@ class Stretches(NamedTuple):
 
 
 class Followed:
-    """Whose changes a payload sums up.
+    """Whose changes a payload sums up: of all values, on a CPU of some that are spread evenly, of both sums the same.
 
     Args:
         numbers: Of each tensor of the payload, the number under which its changes count.
@@ -217,7 +217,8 @@ class Payload:
         """Lengthen what was added to the base; once for each base.
 
         Returns:
-            By number, the sum of squares of what was added, now that it is longer, without what was taken away.
+            By number, the sum of squares of what was added, now that it is longer, without what was taken away; of the
+            values that :class:`Followed` counts.
         """
         assert self._current is not None
         assert self._follow is not None
