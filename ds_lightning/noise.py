@@ -328,7 +328,7 @@ class NoiseCorrection:
 
     def agreed(self) -> None:
         """All replicas are equal, and so is what ranks know of their noise from here on. Collective."""
-        self.learn()
+        self._take()
         updates = torch.tensor([float(self.updates)], dtype=torch.float64)
         drift = self._share.squares.new_zeros(2) if self.drift is None else self.drift.squares
         average_exactly([self._share.squares, updates, drift])
@@ -339,7 +339,7 @@ class NoiseCorrection:
 
     def state_dict(self) -> dict[str, Any]:
         """What the next rounds depend on."""
-        self.learn()
+        self._take()
         return {"squares": self._share.squares.cpu().clone(), "rounds": self._rounds, "updates": self.updates}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -398,7 +398,7 @@ class NoiseCorrection:
 
         Of those whose noise is known, in the units of the latest gradients.
         """
-        self.learn()
+        self._take()
         share, known = self._share.of_gradients(self._attenuations(self.updates)), self._share.squares[1] > 0
         dense = [None if p.grad is None or p.grad.is_sparse else p.grad for p in self._parameters]
         gradients = [share.new_zeros(()) if grad is None else grad.norm() for grad in dense]
