@@ -63,7 +63,7 @@ _ADAPTIVE = (Adam, AdamW, NAdam, RAdam, RMSprop)
 _OTHERS = (SGD, ASGD, Adadelta, Adamax, LBFGS, Rprop)
 # Full steps to which a value is stretched: 2 are BSP's progress at small rates, and at large ones part replicas more.
 REACH = 1.5
-# Above this share of drift, workers seem to have shards of their own: of iid ones it was at most 0.15.
+# Above this share of drift, workers seem to have shards of their own: of iid ones fewer than one in a hundred had more.
 DRIFTS = 0.2
 # Updates over which the correction grows to its full size: the first ones are unlike those that follow.
 RAMP = 50
