@@ -131,8 +131,6 @@ class Payload:
         done, self._done = self._done, []
         for result in done:  # of an average that nobody finished
             result.result()
-        if self._follow is not None:
-            self._follow.squares.zero_()
         route = self._route = self._routes.get(members) or self._make_route(members, group)
         self._lane, self._current = lane, route.layout
         if self._gappy:
@@ -175,6 +173,8 @@ class Payload:
         assert self._route is not None
         if self._gappy:
             torch._foreach_zero_(self._stand_ins)
+        if self._follow is not None:
+            self._follow.squares.zero_()
         done, self._done = self._done, []
         for result, bucket in zip(done, self._route.layout.buckets, strict=True):
             with record_function("dssync: wait"), self._lane.waiting():
@@ -193,7 +193,7 @@ class Payload:
 
     @property
     def squares(self) -> Tensor:
-        """By number, the sum of squares of what the latest average added; gone when the next starts."""
+        """By number, the sum of squares of what the latest average added; overwritten by the next."""
         assert self._follow is not None
         return self._follow.squares[:-1]
 
@@ -453,7 +453,7 @@ class _Layout:
                         pieces, own_values = values.cut(stop - start), kept.cut(stop - start)[0]
                         base = None
                         if follow is not None:
-                            base = _Base(pieces, bases.cut(stop - start)[0], scratch, follow, values.latest, exact)
+                            base = _Base(pieces, bases.cut(stop - start)[0], scratch, follow, values.latest)
                         b.tiles.append(_OwnTile(pieces, own_values, base))
                         parts = [code.part(start, stop) for code in codes]
                         rest = mean.part(start, stop), room.lanes_codec, lanes_scratch
@@ -468,7 +468,7 @@ class _Layout:
                     base = None
                     if follow is not None:
                         place = own_code.parts[0] if exact else bases.cut(stop - start)[0]
-                        base = _Base(pieces, place, scratch, follow, values.latest, exact)
+                        base = _Base(pieces, place, scratch, follow, values.latest)
                     b.tiles.append(_SentTile(pieces, own_code, received_code, codec, scratch, weight, base))
             self.buckets.append(b)
         if follow is not None:
@@ -504,22 +504,12 @@ class _Bucket:
 
 
 class _Base:
-    """What the updates of a tile's values are added to.
-
-    Where buffers hold all in full precision the lane moves it when an average has arrived, while others travel.
-    """
+    """What the updates of a tile's values are added to."""
 
     def __init__(
-        self,
-        pieces: list[Tensor],
-        place: Tensor,
-        scratch: list[Tensor],
-        follow: Followed,
-        cut_from: list[int],
-        in_lane: bool,
+        self, pieces: list[Tensor], place: Tensor, scratch: list[Tensor], follow: Followed, cut_from: list[int]
     ) -> None:
         n = sum(piece.numel() for piece in pieces)
-        self.in_lane = in_lane
         self._pieces, self._place, self._scratch, self._follow = pieces, place, scratch[0][:n], follow
         self._views, self._changes, self._capped = (_like(of, pieces) for of in (place, self._scratch, scratch[1][:n]))
         self._numbers = [follow.numbers[i] for i in cut_from]
@@ -532,11 +522,15 @@ class _Base:
             flat = change[: told.numel()]
             self._told.append((told, _told(base), flat.view(told.shape), flat))
 
+    def is_in(self, code: Code) -> bool:
+        """Whether it has its place there."""
+        return self._place is code.parts[0]
+
     def note(self) -> None:
         torch._foreach_copy_(self._views, self._pieces)
 
     def averaged(self, difference: Tensor, parts: list[Tensor], weight: float) -> None:
-        """An average is added to the values, and belongs to the base."""
+        """An average has been added to the values, and belongs to the base."""
         self._place.add_(difference, alpha=weight)
         if self._one_by_one:
             for number, part in zip(self._numbers, parts, strict=True):
@@ -601,6 +595,7 @@ class _SentTile:
         base: _Base | None,
     ) -> None:
         self.base = base
+        self._notes_base = base is not None and not base.is_in(own)  # what is sent is not it
         n = sum(piece.numel() for piece in pieces)
         self._pieces, self._own, self._received, self._codec, self._weight = pieces, own, received, codec, weight
         self._scratch, self._other = scratch[0][:n], scratch[1][:n]
@@ -617,14 +612,12 @@ class _SentTile:
         else:
             torch._foreach_copy_(self._views, self._pieces)
             self._codec.encode(self._scratch, self._own)
-        if self.base is not None and not self.base.in_lane:  # else what is sent is the base
+        if self.base is not None and self._notes_base:
             self.base.note()
 
     def subtract(self) -> None:
         if self._in_place is not None:
-            difference = self._received.parts[0].sub_(self._own.parts[0])
-            if self.base is not None and self.base.in_lane:
-                self.base.averaged(difference, self._in_place, self._weight)
+            self._received.parts[0].sub_(self._own.parts[0])
 
     def apply(self) -> None:
         difference, parts = self._received.parts[0], self._in_place
@@ -633,7 +626,7 @@ class _SentTile:
             self._codec.decode(self._own, self._other)
             difference, parts = self._scratch.sub_(self._other), self._views
         torch._foreach_add_(self._pieces, parts, alpha=self._weight)
-        if self.base is not None and not self.base.in_lane:
+        if self.base is not None:
             self.base.averaged(difference, parts, self._weight)
 
 
@@ -650,12 +643,10 @@ class _OwnTile:
 
     def subtract(self) -> None:
         """The lane has done it."""
-        if self.base is not None and self.base.in_lane:
-            self.base.averaged(self._kept, self._views, 1.0)
 
     def apply(self) -> None:
         torch._foreach_add_(self._pieces, self._views)
-        if self.base is not None and not self.base.in_lane:
+        if self.base is not None:
             self.base.averaged(self._kept, self._views, 1.0)
 
 

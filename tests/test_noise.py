@@ -162,7 +162,7 @@ def test_values_that_moved_far_are_stretched_less(dtype, one_by_one):
     follow = Followed([0, 1, 2], 3, torch.device("cpu"))
     pieces = [*(place + (lr * moves).to(dtype)).split([3, 1, 2])]
     moved = (torch.cat(pieces) - place).double()
-    base = _Base(pieces, place.clone(), [torch.zeros_like(place) for _ in range(2)], follow, [0, 1, 2], in_lane=False)
+    base = _Base(pieces, place.clone(), [torch.zeros_like(place) for _ in range(2)], follow, [0, 1, 2])
     base._one_by_one = one_by_one
     found = base.stretch(Stretches(factors, [lr / (1 + factor) for factor in factors], [1.0] * 3))
     longer = torch.tensor(factors).double().repeat_interleave(torch.tensor([3, 1, 2]))
@@ -188,7 +188,7 @@ def test_runs_of_a_large_tensor_tell_how_far_all_of_it_moved():
         told[1000 * run : 1000 * run + 512] = True
     follow = Followed([0], 1, torch.device("cpu"))
     piece, average, update = torch.zeros(n), *torch.randn(2, n, generator=torch.Generator().manual_seed(0))
-    base = _Base([piece], torch.zeros(n), [torch.empty(n) for _ in range(2)], follow, [0], in_lane=False)
+    base = _Base([piece], torch.zeros(n), [torch.empty(n) for _ in range(2)], follow, [0])
     piece += average / 2
     base.averaged(average, [average], 0.5)
     piece += update
