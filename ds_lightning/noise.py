@@ -351,30 +351,40 @@ class NoiseCorrection:
             self._prepare()
 
     @torch.no_grad()
-    def correct(self, payloads: Sequence[tuple[int, Payload]], average: int | None) -> None:
+    def correct(self, payloads: Sequence[tuple[int, Payload]]) -> None:
         """Stretch the updates that were made since the base was.
 
         Args:
             payloads: Of the parameters, with their parts.
-            average: Round of the average that made the base; None if none did.
         """
         self.learn()
         groups = self._optimizer.param_groups
-        factors, device = self._on_host.tolist(), self._factors.device
+        factors = self._on_host.tolist()
         steps = self._of_parameters([self._step(group) for group in groups])
         stretches = Stretches(
             factors=factors,
             limits=[REACH * step / (1 + factor) for step, factor in zip(steps, factors, strict=True)],
-            kept=self._of_parameters([_kept(self._optimizer, group, self._every) for group in groups]),
+            kept=self._of_parameters([kept_by_decay(self._optimizer, group, self._every) for group in groups]),
         )
+        for _, payload in payloads:
+            payload.stretch(stretches)
+
+    @torch.no_grad()
+    def tell(self, payloads: Sequence[tuple[int, Payload]], average: int | None) -> None:
+        """Hold the updates of :meth:`correct` against what the average of that round moved this worker by.
+
+        Args:
+            payloads: Of the parameters, with their parts.
+            average: Round of the average; None if there was none.
+        """
+        groups, device = self._optimizer.param_groups, self._factors.device
         deviation, update = torch.zeros_like(self._factors), torch.zeros_like(self._factors)
         for part, payload in payloads:
-            squares = payload.stretch(stretches)
             if average is not None:
                 kappas = [self._kappas_of(group)[(average + part) % self._groups.period] for group in groups]
                 deviation += payload.squares
                 one = kappas[0] if len({*kappas}) == 1 else torch.tensor(self._of_parameters(kappas), device=device)
-                update += squares * one
+                update += payload.updates * one
         self._rounds += average is not None
         settled = average is not None and self._rounds > self._settling
         self._told, self._learnt = (deviation, update) if settled else None, False
@@ -443,7 +453,7 @@ def _momentum(group: dict[str, Any]) -> float:
     return float(betas[0] if betas else group.get("momentum", 0.0))
 
 
-def _kept(optimizer: Optimizer, group: dict[str, Any], every: int) -> float:
+def kept_by_decay(optimizer: Optimizer, group: dict[str, Any], every: int = 1) -> float:
     """The share of the parameters that so many updates leave there: beside the gradients, AdamW takes its decay."""
     if not group.get("decoupled_weight_decay", isinstance(optimizer, AdamW)):
         return 1.0

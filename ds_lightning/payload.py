@@ -84,7 +84,7 @@ class Payload:
     """Averages ``tensors`` in place, any number of times, in groups that may differ each time.
 
     :meth:`start` packs and returns while the average is under way; :meth:`finish` adds ``average - packed copy``. In
-    between, the tensors may be read and written.
+    between, the tensors may be read and written, and :meth:`stretch` may lengthen what was added to them.
 
     The buffers take, as multiples of the tensors' bytes in fp32: 2 at an fp32 wire, 1 at bf16 and fp16, 0.53 (pairs) to
     0.65 (groups of 4) at int8; besides, two tiles of 1 MiB (at other wires 128 KiB, on a GPU 16 MiB). Following
@@ -105,6 +105,7 @@ class Payload:
         dtype = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
         self._room = _Room(wire, dtype, tensors[0].device)
         self._current: _Layout | None = None  # whose buffers hold the base
+        self._stretched = False  # what was added to it: nobody asks for the base any more
         # Tensors with gaps in memory have stand-ins, packed with the others and applied in one go.
         flats = [in_memory_order(t) for t in tensors]
         self._gappy = [t for t, flat in zip(tensors, flats, strict=True) if flat is None]
@@ -132,7 +133,7 @@ class Payload:
         for result in done:  # of an average that nobody finished
             result.result()
         route = self._route = self._routes.get(members) or self._make_route(members, group)
-        self._lane, self._current = lane, route.layout
+        self._lane, self._current, self._stretched = lane, route.layout, False
         if self._gappy:
             torch._foreach_copy_(self._stand_ins, self._gappy)
         route.layout.padding.zero_()  # a NaN in its block of an 8-bit wire must not stay
@@ -164,8 +165,11 @@ class Payload:
             self.arrivals = Arrivals(self._done[0], self._done[-1], share, route.layout.size, waits)
 
     @torch.no_grad()
-    def finish(self) -> None:
+    def finish(self, kept: Sequence[float] | None = None) -> None:
         """Wait for the average and add the difference.
+
+        Args:
+            kept: For each tensor, the share of the difference that is added; None: all of it.
 
         Raises:
             RuntimeError: If a member failed or did not come within the group's timeout.
@@ -176,11 +180,12 @@ class Payload:
         if self._follow is not None:
             self._follow.squares.zero_()
         done, self._done = self._done, []
+        of_tensors = None if kept is None else [*kept, 1.0]  # padding comes after them
         for result, bucket in zip(done, self._route.layout.buckets, strict=True):
             with record_function("dssync: wait"), self._lane.waiting():
                 result.result()
             with record_function("dssync: apply"):
-                bucket.apply()
+                bucket.apply(of_tensors, to_base=not self._stretched)
         if self._gappy:
             torch._foreach_add_(self._gappy, self._stand_ins)
 
@@ -212,16 +217,22 @@ class Payload:
         for base in self._current.bases:
             base.note()
 
-    @torch.no_grad()
-    def stretch(self, stretches: Stretches) -> Tensor:
-        """Lengthen what was added to the base; once for each base.
+    @property
+    def updates(self) -> Tensor:
+        """By number, the sum of squares of what :meth:`stretch` found, and made longer; overwritten by the next."""
+        assert self._follow is not None
+        return self._follow.updates[:-1]
 
-        Returns:
-            By number, the sum of squares of what was added, now that it is longer, without what was taken away; of the
-            values that :class:`Followed` counts.
+    @torch.no_grad()
+    def stretch(self, stretches: Stretches) -> None:
+        """Lengthen what was added to the base; once for each base, before or after :meth:`finish`.
+
+        ``updates`` then are those of what was added, now that it is longer, without what was taken away; of the values
+        that :class:`Followed` counts.
         """
         assert self._current is not None
         assert self._follow is not None
+        self._stretched = True
         if self._gappy:
             torch._foreach_copy_(self._stand_ins, self._gappy)
         padded = Stretches(*([*values, rest] for values, rest in zip(stretches, (0.0, 0.0, 1.0), strict=True)))
@@ -233,7 +244,6 @@ class Payload:
         if self._gappy:
             torch._foreach_copy_(self._gappy, self._stand_ins)
         self._follow.updates.zero_().index_add_(0, self._current.numbers, torch.stack(squares).float())
-        return self._follow.updates[:-1]
 
     def _make_route(self, members: Group, group: dist.ProcessGroup) -> _Route:
         """The messages to and from the members of a group, made once."""
@@ -454,7 +464,7 @@ class _Layout:
                         base = None
                         if follow is not None:
                             base = _Base(pieces, bases.cut(stop - start)[0], scratch, follow, values.latest)
-                        b.tiles.append(_OwnTile(pieces, own_values, base))
+                        b.tiles.append(_OwnTile(pieces, own_values, base, values.latest))
                         parts = [code.part(start, stop) for code in codes]
                         rest = mean.part(start, stop), room.lanes_codec, lanes_scratch
                         b.shard.append(_ShardTile(own_values, parts, *rest))
@@ -469,7 +479,8 @@ class _Layout:
                     if follow is not None:
                         place = own_code.parts[0] if exact else bases.cut(stop - start)[0]
                         base = _Base(pieces, place, scratch, follow, values.latest)
-                    b.tiles.append(_SentTile(pieces, own_code, received_code, codec, scratch, weight, base))
+                    of = values.latest
+                    b.tiles.append(_SentTile(pieces, own_code, received_code, codec, scratch, weight, base, of))
             self.buckets.append(b)
         if follow is not None:
             self.bases = [tile.base for b in self.buckets for tile in b.tiles if tile.base is not None]
@@ -498,9 +509,9 @@ class _Bucket:
         for tile in self.tiles:
             tile.subtract()
 
-    def apply(self) -> None:
+    def apply(self, kept: Sequence[float] | None, to_base: bool) -> None:
         for tile in self.tiles:
-            tile.apply()
+            tile.apply(kept, to_base)
 
 
 class _Base:
@@ -529,9 +540,10 @@ class _Base:
     def note(self) -> None:
         torch._foreach_copy_(self._views, self._pieces)
 
-    def averaged(self, difference: Tensor, parts: list[Tensor], weight: float) -> None:
-        """An average has been added to the values, and belongs to the base."""
-        self._place.add_(difference, alpha=weight)
+    def averaged(self, difference: Tensor, parts: list[Tensor], weight: float, to_base: bool) -> None:
+        """An average is added to the values, and belongs to the base as long as somebody asks for that."""
+        if to_base:
+            self._place.add_(difference, alpha=weight)
         if self._one_by_one:
             for number, part in zip(self._numbers, parts, strict=True):
                 told = _told(part).reshape(-1)
@@ -593,8 +605,9 @@ class _SentTile:
         scratch: list[Tensor],
         weight: float,
         base: _Base | None,
+        cut_from: list[int],
     ) -> None:
-        self.base = base
+        self.base, self._cut_from = base, cut_from
         self._notes_base = base is not None and not base.is_in(own)  # what is sent is not it
         n = sum(piece.numel() for piece in pieces)
         self._pieces, self._own, self._received, self._codec, self._weight = pieces, own, received, codec, weight
@@ -619,22 +632,23 @@ class _SentTile:
         if self._in_place is not None:
             self._received.parts[0].sub_(self._own.parts[0])
 
-    def apply(self) -> None:
+    def apply(self, kept: Sequence[float] | None, to_base: bool) -> None:
         difference, parts = self._received.parts[0], self._in_place
         if parts is None:
             self._codec.decode(self._received, self._scratch)
             self._codec.decode(self._own, self._other)
             difference, parts = self._scratch.sub_(self._other), self._views
-        torch._foreach_add_(self._pieces, parts, alpha=self._weight)
         if self.base is not None:
-            self.base.averaged(difference, parts, self._weight)
+            self.base.averaged(difference, parts, self._weight, to_base)
+        _add(self._pieces, parts, self._weight, self._cut_from, kept)
 
 
 class _OwnTile:
     """Values of the shard that this rank averages: kept in full precision until the difference takes their place."""
 
-    def __init__(self, pieces: list[Tensor], kept: Tensor, base: _Base | None) -> None:
+    def __init__(self, pieces: list[Tensor], kept: Tensor, base: _Base | None, cut_from: list[int]) -> None:
         self._pieces, self._kept, self._views, self.base = pieces, kept, _like(kept, pieces), base
+        self._cut_from = cut_from
 
     def pack(self) -> None:
         torch._foreach_copy_(self._views, self._pieces)
@@ -644,10 +658,21 @@ class _OwnTile:
     def subtract(self) -> None:
         """The lane has done it."""
 
-    def apply(self) -> None:
-        torch._foreach_add_(self._pieces, self._views)
+    def apply(self, kept: Sequence[float] | None, to_base: bool) -> None:
         if self.base is not None:
-            self.base.averaged(self._kept, self._views, 1.0)
+            self.base.averaged(self._kept, self._views, 1.0, to_base)
+        _add(self._pieces, self._views, 1.0, self._cut_from, kept)
+
+
+def _add(
+    pieces: list[Tensor], parts: list[Tensor], weight: float, cut_from: list[int], kept: Sequence[float] | None
+) -> None:
+    """The difference, or of each tensor's the share that is kept."""
+    shares = {1.0} if kept is None else {kept[i] for i in cut_from}
+    if kept is not None and len(shares) > 1:
+        torch._foreach_mul_(parts, [kept[i] for i in cut_from])
+        shares = {1.0}
+    torch._foreach_add_(pieces, parts, alpha=weight * shares.pop())
 
 
 class _ShardTile:

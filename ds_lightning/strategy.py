@@ -110,7 +110,8 @@ class DSSyncStrategy(DDPStrategy):
             ``"probe"``: it is measured at the start, see :mod:`ds_lightning.probe`.
         compute: With ``schedule="topology"``: seconds of forward and backward of a step, which the first plan is made
             for. ``None``: not known, see :func:`~ds_lightning.planner.plan`.
-        overlap: Average while forward and backward run: ``X <- W X - lr U``. ``False`` is the paper's order, after the
+        overlap: Average while forward and backward run, and the update if that reads no parameters
+            (:attr:`DSSynchronizer.finishes_first`): ``X <- W X - lr U``. ``False`` is the paper's order, after the
             optimizer step: ``X <- W (X - lr U)``; better beyond 16 ranks with small groups.
         sync_every: Optimizer steps between synchronizations. With ``overlap`` one average travels during all of them:
             ``X <- W X - lr (U_1 + ... + U_k)``.
@@ -576,7 +577,8 @@ class DSSyncStrategy(DDPStrategy):
         if self.overlap:
             if not synchronizer.started:
                 synchronizer.start()
-            after_first_closure.append(synchronizer.finish)
+            if synchronizer.finishes_first:
+                after_first_closure.append(synchronizer.finish)
         self._stepping = True
 
         def synchronized_closure() -> Any:
@@ -599,6 +601,8 @@ class DSSyncStrategy(DDPStrategy):
             after_first_closure.pop(0)()
         if not self.overlap:
             synchronizer.synchronize()
+        elif synchronizer.started:
+            synchronizer.finish()
         return output
 
     @property

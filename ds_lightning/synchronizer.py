@@ -6,6 +6,10 @@ In matrix form, with row i of X the parameters of rank i, U the optimizer's upda
     X <- W_t (X - lr U(X))      the paper's order: `optimizer.step()`, then `synchronize()`
     X <- W_t X - lr U(X)        overlapped: `start()`, forward, backward, `finish()`, `optimizer.step()`
 
+An update that reads gradients and its own states alone is the same before and after an average is applied. So the last
+two may change places, and the average has the update to travel in as well; of AdamW's decay it is given its share,
+``1 - lr * weight_decay``.
+
 With ``sync_every=k`` one overlapped average has k steps to travel in: it is packed at the beginning of the first and
 applied before the update of the last, ``X <- W X - lr (U_1 + ... + U_k)``.
 
@@ -30,12 +34,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Module
-from torch.optim import Optimizer
+from torch.optim import SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam, RMSprop
 
 from ds_lightning.consensus import broadcast_from_rank_0, consensus_of, consensus_of_optimizer_state
 from ds_lightning.groups import ScheduledGroups, gather_hosts, name_ranks, name_timeout
 from ds_lightning.lanes import Clock, Lane, make_lanes
-from ds_lightning.noise import DRIFTS, Drift, NoiseCorrection, corrects_noise
+from ds_lightning.noise import DRIFTS, Drift, NoiseCorrection, corrects_noise, kept_by_decay
 from ds_lightning.payload import Arrivals, Followed, Payload, in_parts
 from ds_lightning.rows import TouchedRows, is_table
 from ds_lightning.schedule import MOST_PARTS, Group, make_schedule, positive_int
@@ -48,6 +52,9 @@ _PARAMETERS, _TRAINABLE, _VALUES = itemgetter("params"), attrgetter("requires_gr
 
 # Channels of the payloads that may be under way together; parameters have those from MOST_PARTS: parts of each dtype.
 _BUFFERS, _GRADIENTS, _ROWS, _STATES = 1 << 8, 1 << 9, 1 << 10, 1 << 11
+
+# torch's optimizers whose updates, without coupled decay, read no parameters. Those derived from them may be others.
+_READ_NO_PARAMETERS = {SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, NAdam, RAdam, RMSprop}
 
 SPARSE_GRADIENTS = (
     "average_gradients=True cannot average sparse gradients. HINT: use average_gradients=False (parameters are averaged"
@@ -84,6 +91,8 @@ class DSSynchronizer:
             optimizer.step()
             optimizer.zero_grad()
         sync.consensus()                         # before evaluating or saving: the exact global average
+
+    Where ``sync.finishes_first`` is False, ``finish`` may as well follow ``optimizer.step()``: averages travel longer.
 
     For the paper's order call ``sync.synchronize()`` after ``optimizer.step()`` instead of these two. All ranks must
     call these methods equally often; which parameters had gradients, or whether a step was skipped, does not matter.
@@ -154,6 +163,7 @@ class DSSynchronizer:
         self._laid_out: object = None
         self._parameters: list[Tensor] = []
         self._values: list[tuple[int, _Average]] = []
+        self._numbers: dict[Payload, list[int]] = {}  # of each tensor of these, the parameter that it is, or is part of
         self._rows: list[TouchedRows] = []
         self._sent_since_consensus: set[Tensor] = set()
         self._warned: set[str] = set()
@@ -164,10 +174,13 @@ class DSSynchronizer:
         self._overlapped = False
         self._begins = True  # the coming update is the first of a round
         self._ends = False  # overlapped: it is the last
+        self._updated = False  # since `start`
+        self._kept: list[float] | None = None  # of each parameter, the share that this update left; None: all of all
         if self.groups.schedule.world_size > 1 and corrects_noise(noise_correction, optimizer, wire=self.wire_dtype):
             self._correction = NoiseCorrection(
                 optimizer, self.groups, self.sync_every, own_moments=not self.average_optimizer_state
             )
+        if self._correction is not None or type(optimizer) in _READ_NO_PARAMETERS:
             _hook(self, optimizer)
         if broadcast:
             broadcast_from_rank_0(module)
@@ -184,12 +197,40 @@ class DSSynchronizer:
         """Synchronizations so far, and so the schedule's step: with ``sync_every > 1`` steps would skip partitions."""
         return self.step // self.sync_every
 
+    @property
+    def finishes_first(self) -> bool:
+        """Whether :meth:`finish` belongs before ``optimizer.step()``, where it always may come; known after ``start``.
+
+        It does for optimizers that read parameters, as those with coupled weight decay do, or that nobody knows; where
+        hooks of others wait for an optimizer's steps; and for averages of its states, or of touched rows.
+        """
+        optimizer = self.optimizer
+        if self._must_finish_first or type(optimizer) not in _READ_NO_PARAMETERS:
+            return True
+        hooks = [*optimizer._optimizer_step_pre_hooks.values(), *optimizer._optimizer_step_post_hooks.values()]
+        others = any(getattr(hook, "__module__", None) != __name__ for hook in hooks)
+        return others or any(map(self._reads_parameters, optimizer.param_groups))
+
+    @property
+    def _must_finish_first(self) -> bool:
+        """Averages under way are of what updates change, too."""
+        return bool(self.average_optimizer_state or self._rows)
+
+    def _reads_parameters(self, group: dict[str, Any]) -> bool:
+        """Whether updates of a group of the optimizer do, or leave a share of the parameters that nobody knows."""
+        if not group.get("weight_decay"):
+            return False
+        # A fused update may be skipped on the device, and a learning rate be there: nobody waits for these.
+        known = not group.get("fused") and not isinstance(group["lr"], Tensor) and self.sync_every == 1
+        return not known or kept_by_decay(self.optimizer, group) == 1.0
+
     def start(self) -> None:
         """Pack, and start the averages of this step's group; returns at once. Of a round, the first step does it."""
         first = self.step % self.sync_every == 0
         if first and self._running:
             self.discard()
         self.started, self._overlapped, self._begins = True, True, first
+        self._updated, self._kept = False, None
         if not self._running:  # a round that a consensus point or a resume cut may begin in its middle, too
             self._lay_out()
         if first:
@@ -203,14 +244,21 @@ class DSSynchronizer:
         Of a round, the last step does it.
 
         Raises:
-            RuntimeError: If a member failed or did not come within the groups' timeout; names step and ranks.
+            RuntimeError: If a member failed or did not come within the groups' timeout; names step and ranks. Or if it
+                must come before ``optimizer.step()`` and does not.
         """
-        self._ends = self.due
+        if self._updated and self._must_finish_first:
+            raise RuntimeError(
+                "DSSynchronizer.finish() came after optimizer.step(), but averages of optimizer states and of touched"
+                " rows must be applied before the update. HINT: call it before, or average_optimizer_state=()."
+            )
+        self._ends = self.due and not self._updated
         if self.due:
             self._finish()
         for rows in self._rows:
             rows.touch(self.optimizer)  # by the update that follows
         self.step, self.started = self.step + 1, False
+        self._updated, self._kept = False, None
 
     def synchronize(self) -> None:
         """Average now, in the paper's order: call it after ``optimizer.step()``."""
@@ -234,6 +282,7 @@ class DSSynchronizer:
         self._clock = None
         self._running, self._values, self._laid_out, self.started = [], [], None, False
         self._based, self._launched, self._ends = [], False, False
+        self._updated, self._kept = False, None
         self._begins = self.step % self.sync_every == 0
 
     @torch.no_grad()
@@ -285,7 +334,11 @@ class DSSynchronizer:
             drift.before()
         largest: dict[int, Arrivals] = {}  # of each part
         for part, average, then in running:
-            self._or_explain(average.finish)
+            if isinstance(average, Payload) and self._updated and self._kept is not None:
+                kept = [self._kept[number] for number in self._numbers[average]]
+                self._or_explain(partial(average.finish, kept))
+            else:
+                self._or_explain(average.finish)
             self._bytes_sent += average.bytes_sent
             arrivals = average.arrivals if isinstance(average, Payload) else None
             if arrivals is not None and (part not in largest or largest[part].size < arrivals.size):
@@ -299,6 +352,9 @@ class DSSynchronizer:
         if self._launched:
             looked = self.groups.look is not None and self.groups.look[0] == self.round
             self._based, self._average = self._followed(), None if looked else self.round
+            if self._correction is not None and self._updated:
+                self._correction.tell(self._based, self._average)
+                self._based = []
             if drift is not None and not looked:
                 drift.after(max(len(self.groups.at(self.round, part)[0]) for part, _, _ in running))
                 self._look_for_drift(drift)
@@ -352,13 +408,26 @@ class DSSynchronizer:
 
     def after_update(self) -> None:
         """The optimizer's step ends: correct the updates of a round."""
-        if self._correction is None:
-            return
-        self._correction.updates += 1
-        if self._based and (self._ends if self._overlapped else self.due):
-            self._correction.correct(self._based, self._average)
-            self._based = []
+        if self._correction is not None:
+            self._correction.updates += 1
+            if self._based and (self._ends if self._overlapped else self.due):
+                self._correction.correct(self._based)
+                self._correction.tell(self._based, self._average)
+                self._based = []
+            elif self.started and self._launched and self.due and not self._updated:
+                self._correction.correct(self._followed())  # while the average is under way
         self._ends = False
+        if self.started:
+            self._updated, self._kept = True, self._kept_by_update()
+
+    def _kept_by_update(self) -> list[float] | None:
+        groups = self.optimizer.param_groups
+        shares = [kept_by_decay(self.optimizer, group) for group in groups]
+        if all(share == 1.0 for share in shares):
+            return None
+        # What has no gradient has no update, and so no decay.
+        each = zip(shares, groups, strict=True)
+        return [share if p.grad is not None else 1.0 for share, group in each for p in group["params"]]
 
     def _lay_out(self) -> None:
         """Make the buffers anew if parameters are others than before, were frozen, or lie elsewhere in memory."""
@@ -375,12 +444,17 @@ class DSSynchronizer:
         dense = by_dtype(p for p in averaged if p not in row_wise)
         if self._correction is not None:
             self._correction.watch([*chain.from_iterable(same for _, same in dense)])
-        self._values = []
+        self._values, self._numbers = [], {}
         for i, (dtype, same) in enumerate(dense, 1):
             for part, values in enumerate(in_parts(same, self.groups.parts)):
                 if values:
                     channel, wire = self._channel(i * MOST_PARTS + part), self.wire_dtype or dtype
-                    self._values.append((part, Payload(values, wire, channel, self._follow(values))))
+                    numbers, follow = self._numbers_of(values), None
+                    if self._correction is not None:
+                        follow = Followed(numbers, len(now), values[0].device)
+                    payload = Payload(values, wire, channel, follow)
+                    self._values.append((part, payload))
+                    self._numbers[payload] = numbers
         if self.index == 0:
             self._values.append((0, _Buffers(self.module, self._channel(_BUFFERS))))
         tables = _same_dtype(p for p in dict.fromkeys(averaged) if p in row_wise)
@@ -392,13 +466,10 @@ class DSSynchronizer:
                     rows.touch_all()
                 self._rows.append(rows)
 
-    def _follow(self, values: list[Tensor]) -> Followed | None:
-        """By the parameters that they are, or are parts of."""
-        if self._correction is None:
-            return None
+    def _numbers_of(self, values: list[Tensor]) -> list[int]:
+        """The parameters that they are, or are parts of."""
         starts = sorted((p.data_ptr(), i) for i, p in enumerate(self._parameters) if p.layout == torch.strided)
-        numbers = [starts[bisect_left(starts, (v.data_ptr() + 1,)) - 1][1] for v in values]
-        return Followed(numbers, len(self._parameters), values[0].device)
+        return [starts[bisect_left(starts, (v.data_ptr() + 1,)) - 1][1] for v in values]
 
     def _channel(self, kind: int) -> int:
         """Optimizers may be under way together."""

@@ -28,6 +28,7 @@ OPTIMIZERS = {
     "adam": partial(torch.optim.Adam, lr=1e-2),
     "adamw": partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.1),
 }
+ORDERS = (True, "late", False)  # of `overlap`; see train_model
 
 
 def make_model(norm=True):
@@ -56,16 +57,22 @@ def train(rank, groups, name, overlap, steps=STEPS, **options):
 
 
 def train_model(rank, model, optimizer, groups, backward, overlap, steps, seen=None, **options):
-    """The plain loop, in either order; what is there after each step is appended to ``seen``."""
+    """The plain loop, in either order; what is there after each step is appended to ``seen``.
+
+    Overlapped ``"late"``, averages are applied after an update that allows it.
+    """
     sync = DSSynchronizer(model, optimizer, groups, **options)
     for t in range(steps):
         if overlap:
             sync.start()
         optimizer.zero_grad()
         backward(t, model, rank)
-        if overlap:
+        late = overlap == "late" and not sync.finishes_first
+        if overlap and not late:
             sync.finish()
         optimizer.step()
+        if late:
+            sync.finish()
         if not overlap:
             sync.synchronize()
         if seen is not None:
@@ -75,7 +82,7 @@ def train_model(rank, model, optimizer, groups, backward, overlap, steps, seen=N
 
 def train_all(rank, schedule):
     groups = ScheduledGroups(schedule)
-    keys = itertools.product(OPTIMIZERS, (True, False))
+    keys = itertools.product(OPTIMIZERS, ORDERS)
     return {key: train(rank, groups, *key, noise_correction="auto") for key in keys}
 
 
@@ -98,13 +105,135 @@ def train_all(rank, schedule):
 def test_equals_the_reference(schedule):
     """Every rank, every optimizer, both orders: 1e-6 relative after 50 steps."""
     ranks = run_ranks(train_all, schedule.world_size, schedule)
-    for name, overlap in itertools.product(OPTIMIZERS, (True, False)):
+    for name, overlap in itertools.product(OPTIMIZERS, ORDERS):
         corrected = name.startswith("adam")
-        reference = Reference(make_model, partial(make_optimizer, name), schedule, overlap, correct_noise=corrected)
+        reference = Reference(
+            make_model, partial(make_optimizer, name), schedule, bool(overlap), correct_noise=corrected
+        )
         for t in range(STEPS):
             reference.step(partial(backward, t))
         for rank, result in enumerate(ranks):
             assert relative_error(result[name, overlap], reference.flat(rank)) < 1e-6, (name, overlap, rank)
+
+
+def make_sgd(**options):
+    return partial(torch.optim.SGD, lr=0.1, **options)
+
+
+def make_adamw(**options):
+    return partial(torch.optim.AdamW, **{"lr": 0.1, "weight_decay": 0.1, **options})
+
+
+def with_a_hook(kind):
+    def make(parameters):
+        optimizer = torch.optim.SGD(parameters, 0.1)
+        getattr(optimizer, f"register_step_{kind}_hook")(lambda *_: None)
+        return optimizer
+
+    return make
+
+
+def with_one_group_decayed(make):
+    def make_groups(parameters):
+        matrix, *others = parameters
+        return make([{"params": [matrix], "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}])
+
+    return make_groups
+
+
+class Derived(torch.optim.SGD):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "first"),
+    [
+        (make_sgd(), {}, False),
+        (make_sgd(momentum=0.9, nesterov=True), {"sync_every": 3, "wire_dtype": "int8"}, False),
+        (torch.optim.Adam, {"noise_correction": True}, False),
+        (torch.optim.RMSprop, {}, False),
+        (torch.optim.Adagrad, {}, False),
+        (make_adamw(), {"noise_correction": True}, False),
+        (with_one_group_decayed(torch.optim.AdamW), {}, False),
+        (partial(torch.optim.RAdam, weight_decay=0.1, decoupled_weight_decay=True), {}, False),
+        # They read parameters, or may.
+        (make_sgd(weight_decay=0.1), {}, True),
+        (with_one_group_decayed(torch.optim.Adam), {}, True),
+        (partial(torch.optim.RAdam, weight_decay=0.1), {}, True),
+        (torch.optim.LBFGS, {}, True),
+        (torch.optim.ASGD, {}, True),
+        (partial(Derived, lr=0.1), {}, True),
+        # What they leave of the parameters is not known, or not the same for all that travels.
+        (make_adamw(), {"sync_every": 2}, True),
+        (make_adamw(lr=torch.tensor(0.1)), {}, True),
+        (make_adamw(fused=True), {}, True),
+        # Others look at parameters, or averages are of what the update changes.
+        (with_a_hook("pre"), {}, True),
+        (with_a_hook("post"), {}, True),
+        (torch.optim.Adam, {"average_optimizer_state": ["exp_avg_sq"]}, True),
+    ],
+)
+def test_which_updates_may_come_first(make, options, first):
+    def run(rank):
+        model = make_model()
+        groups = ScheduledGroups(GridSchedule(2, 2))
+        optimizer = make(model.parameters())
+        stale = DSSynchronizer(model, optimizer, groups)
+        sync = DSSynchronizer(model, optimizer, groups, **options)
+        sync.start()
+        found = sync.finishes_first
+        sync.discard()
+        return found, stale.step
+
+    assert run_ranks(run, 2) == [(first, 0)] * 2
+
+
+@pytest.mark.parametrize("what", ["states", "rows"])
+def test_what_updates_change_too_cannot_be_applied_after_them(what):
+    def run(rank):
+        model = nn.ModuleList([nn.Embedding(10, 3, sparse=what == "rows")])
+        optimizer = torch.optim.Adagrad(model.parameters()) if what == "rows" else torch.optim.Adam(model.parameters())
+        states = () if what == "rows" else ("exp_avg_sq",)
+        sync = DSSynchronizer(model, optimizer, ScheduledGroups(GridSchedule(2, 2)), average_optimizer_state=states)
+        for late in (False, True):
+            sync.start()
+            model[0](torch.tensor([1])).sum().backward()
+            if not late:
+                sync.finish()
+            optimizer.step()
+        with pytest.raises(RuntimeError, match=r"came after optimizer\.step\(\), but .*HINT: call it before"):
+            sync.finish()
+
+    run_ranks(run, 2)
+
+
+@pytest.mark.parametrize("wire", [None, "bf16", "int8"])
+@pytest.mark.parametrize("g", [2, 4])
+def test_decay_takes_its_share_of_a_late_average(g, wire):
+    """Of some tensors, in several dtypes and with gaps; of what has no gradient it takes nothing."""
+
+    def run(rank, overlap):
+        torch.manual_seed(0)
+        gaps = nn.Parameter(torch.randn(20, 30)[:, ::2])
+        model = nn.ParameterList([torch.randn(30, 40), torch.randn(30), gaps, torch.randn(9), torch.randn(5).double()])
+        groups = [{"params": [*model][::2]}, {"params": [*model][1::2], "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(groups, 0.1, weight_decay=2.0)
+        assert not model[2].is_contiguous()
+
+        def backward(t, model, rank):
+            generator = torch.Generator().manual_seed(1000 * t + rank)
+            for i, p in enumerate(model):
+                p.grad = None if (t + rank + i) % 3 == 0 else torch.randn(p.shape, generator=generator).to(p)
+
+        seen: list[torch.Tensor] = []
+        schedule = ScheduledGroups(GridSchedule(4, g))
+        train_model(rank, model, optimizer, schedule, backward, overlap, 12, seen=seen, wire_dtype=wire)
+        return seen
+
+    ranks = zip(run_ranks(partial(run, overlap="late"), 4), run_ranks(partial(run, overlap=True), 4), strict=True)
+    for late, early in ranks:
+        # A rounding that falls to the other side is the next value of the wire.
+        assert all(relative_error(a, b) < (1e-6 if wire is None else 1e-3) for a, b in zip(late, early, strict=True))
 
 
 def change_amid(rank, before, after, overlap):
